@@ -1,0 +1,297 @@
+"""What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
+
+from abc import abstractmethod
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.noise import ActionNoise
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.utils import configure_logger, obs_as_tensor
+from tqdm import tqdm
+
+from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
+from modip_sb3.datasets import DatasetSource, OfflineDataset
+from modip_sb3.planner import PlanTracker
+from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
+
+SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
+Metrics = dict[str, th.Tensor]
+
+
+class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
+    """
+    An off-policy algorithm with an offline phase, sequence batches from offline and online data, and a policy that
+    carries a state (the rest of a chunk, the last plan) from step to step.
+
+    A subclass names its optimisers and implements :meth:`_update`.
+
+    :param args: arguments of :class:`OffPolicyAlgorithm`
+    :param offline_dataset: Minari id or folder, D4RL-layout HDF5 file, arrays or an :class:`OfflineDataset`
+    :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
+    :param offline_fraction: share of offline sequences in every online batch
+    :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
+    :param inference: what ``predict()`` uses, "policy" or "planner"
+    :param kwargs: keyword arguments of :class:`OffPolicyAlgorithm`
+    """
+
+    policy: MODIPPolicy
+    replay_buffer: SequenceReplayBuffer
+    optimizer_names: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        *args: Any,
+        offline_dataset: DatasetSource | None,
+        pretrain_steps: int,
+        offline_fraction: float,
+        rollout_with: ActingMode,
+        inference: ActingMode,
+        **kwargs: Any,
+    ):
+        super().__init__(*args, **kwargs)
+        if not 0 <= offline_fraction <= 1:
+            raise ValueError(f"offline_fraction={offline_fraction} is not between 0 and 1.")
+        for name, mode in (("rollout_with", rollout_with), ("inference", inference)):
+            if mode not in ("policy", "planner"):
+                raise ValueError(f"{name}={mode!r} is unknown; choose 'policy' or 'planner'.")
+        self.offline_dataset = offline_dataset
+        self.pretrain_steps = pretrain_steps
+        self.offline_fraction = offline_fraction
+        self.rollout_with = rollout_with
+        self.inference = inference
+        self._n_pretrain_updates = 0
+
+    @abstractmethod
+    def _update(self, batch: SequenceBatch, offline_phase: bool) -> Metrics:
+        """
+        One update of every network.
+
+        :param batch: sequences
+        :param offline_phase: whether this is part of ``pretrain()``
+        :return: what to log
+        """
+
+    def _setup_model(self) -> None:
+        buffer_class = self.replay_buffer_class or SequenceReplayBuffer
+        if not issubclass(buffer_class, SequenceReplayBuffer):
+            raise ValueError(
+                f"replay_buffer_class={buffer_class.__name__} cannot sample sequences; use a SequenceReplayBuffer."
+            )
+        self.replay_buffer_class = buffer_class
+        # SB3 would warn that a custom buffer ignores n_steps: this one does not, it is told here
+        n_steps, self.n_steps = self.n_steps, 1
+        self.replay_buffer_kwargs = {"n_steps": n_steps, "gamma": self.gamma, **self.replay_buffer_kwargs}
+        super()._setup_model()
+        self.n_steps = n_steps
+        self.sequence_length = max(self.policy.action_horizon, self.n_steps)
+        self._offline_buffer: SequenceReplayBuffer | None = None
+        self._chunk_state: ChunkState | None = None
+        self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
+
+    @property
+    def _optimizers(self) -> list[th.optim.Optimizer]:
+        return [getattr(self, name) for name in self.optimizer_names]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", *self.optimizer_names], []
+
+    def _excluded_save_params(self) -> list[str]:
+        excluded = ["_offline_buffer", "_chunk_state", "_plan_tracker"]
+        if not isinstance(self.offline_dataset, str):
+            excluded.append("offline_dataset")  # arrays do not belong in a model file; a path or an id does
+        return super()._excluded_save_params() + excluded
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """The next action, with ``inference``; parameters as in :meth:`MODIPPolicy.predict`."""
+        self.policy.inference = self.inference
+        return self.policy.predict(observation, state, episode_start, deterministic)
+
+    # ---------------------------------------------------------------- offline phase
+
+    def _load_offline_data(self) -> None:
+        """Load, check and scale the offline data, once, and fit the policy's normaliser to it."""
+        if self.offline_dataset is None or self._offline_buffer is not None:
+            return
+        dataset = OfflineDataset.load(self.offline_dataset)
+        dataset.check(self.observation_space, self.action_space, min_length=self.policy.action_horizon)
+        actions = self.policy.scale_action(dataset.actions).astype(np.float32, copy=False)
+        self._offline_buffer = SequenceReplayBuffer.from_episodes(
+            dataset.observations,
+            actions.reshape(len(actions), -1),
+            dataset.rewards,
+            dataset.terminations,
+            dataset.truncations,
+            dataset.final_observations,
+            self.observation_space,
+            self.action_space,
+            self.device,
+        )
+        if self._n_pretrain_updates == 0:
+            self._fit_normalizers(dataset)
+
+    def _fit_normalizers(self, dataset: OfflineDataset) -> None:
+        vec_normalize = self._vec_normalize_env
+        if vec_normalize is not None and vec_normalize.norm_obs and vec_normalize.training:
+            keys = vec_normalize.norm_obs_keys or []
+            for key in keys:
+                vec_normalize.obs_rms[key].update(dataset.observations[key])
+            if not keys:
+                vec_normalize.obs_rms.update(dataset.observations)
+        for start in range(0, dataset.num_transitions, 10_000):
+            obs = map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
+            self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))
+
+    def _update_normalizer(self, obs: Any) -> None:
+        if self.policy.normalizes_features:
+            with th.no_grad():
+                tensors = obs_as_tensor(obs, self.device)
+                features = self.policy.extract_features(tensors, self.policy.features_extractor)
+                self.policy.normalizer.update(features)
+
+    def pretrain(
+        self: SelfOfflineToOnline,
+        total_updates: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 500,
+        tb_log_name: str = "run",
+        progress_bar: bool = False,
+    ) -> SelfOfflineToOnline:
+        """
+        The offline phase: train every network on the offline data; the diffusion policy by behaviour cloning.
+
+        What was learned is kept if it is interrupted, and another call goes on from there.
+
+        :param total_updates: updates of every network
+        :param callback: called after each update, as ``learn()`` calls it after each environment step
+        :param log_interval: updates between two log entries, under ``pretrain/`` and counted in updates
+        :param tb_log_name: name of the TensorBoard run
+        :param progress_bar: show a progress bar
+        :return: self
+        """
+        if self.offline_dataset is None:
+            raise ValueError("pretrain() needs data: pass offline_dataset to the constructor or to load().")
+        self._load_offline_data()
+        if not hasattr(self, "_logger"):
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name)
+        wrapped_callback = self._init_callback(callback)
+        wrapped_callback.on_training_start(locals(), globals())
+        self.policy.set_training_mode(True)
+        for optimizer in self._optimizers:
+            self._set_learning_rate(optimizer, self.lr_schedule(1))
+        for _ in tqdm(range(total_updates), desc="pretrain", disable=not progress_bar):
+            metrics = self._update(self._sample_batch(self.batch_size), offline_phase=True)
+            self._n_pretrain_updates += 1
+            for name, value in metrics.items():
+                self.logger.record_mean(f"pretrain/{name}", value.item())
+            if self._n_pretrain_updates % log_interval == 0:
+                self.logger.dump(step=self._n_pretrain_updates)
+            wrapped_callback.update_locals(locals())
+            if not wrapped_callback.on_step():
+                break
+        wrapped_callback.on_training_end()
+        return self
+
+    # ---------------------------------------------------------------- online phase
+
+    def learn(
+        self: SelfOfflineToOnline,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "run",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfOfflineToOnline:
+        """Plan, act, learn the model, distil; the offline phase comes first if there is data and none has been."""
+        self._load_offline_data()
+        if self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0:
+            self.pretrain(self.pretrain_steps, progress_bar=progress_bar)
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        last_obs = self._last_obs
+        result = super()._setup_learn(*args, **kwargs)
+        if self._chunk_state is None or self._last_obs is not last_obs:  # the environments were reset
+            self._chunk_state = self.policy.initial_state(self.n_envs, self.rollout_with)
+            self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
+        return result
+
+    def _sample_action(
+        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if self.num_timesteps < learning_starts and self._n_pretrain_updates == 0:
+            return super()._sample_action(learning_starts, action_noise, n_envs)
+        assert self._last_obs is not None and self._chunk_state is not None
+        obs, _ = self.policy.obs_to_tensor(self._last_obs)
+        actions, self._chunk_state, plan = self.policy.act(
+            obs, self._chunk_state, self.rollout_with, deterministic=False
+        )
+        if plan is not None:
+            self._plan_tracker.start(plan.value.cpu().numpy())
+            self.logger.record_mean("rollout/plan_gain", (plan.value - plan.proposal_value).mean().item())
+        if action_noise is not None:
+            actions = np.clip(actions + action_noise(), -1, 1)
+        scaled_actions = actions.reshape(n_envs, *self.action_space.shape)
+        return self.policy.unscale_action(scaled_actions), scaled_actions
+
+    def _store_transition(
+        self,
+        replay_buffer: Any,
+        buffer_action: np.ndarray,
+        new_obs: Any,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        assert self._chunk_state is not None
+        self._chunk_state[1][dones] = -1  # what is left of a chunk or a plan ends with its episode
+        if self.offline_dataset is None:
+            self._update_normalizer(new_obs)
+        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        self._plan_tracker.step(reward, dones & ~truncated, truncated)
+        self._log_realized_plans(new_obs)
+
+    def _log_realized_plans(self, new_obs: Any) -> None:
+        values = np.zeros(self.n_envs)
+        if self._plan_tracker.needs_values:
+            with th.no_grad():
+                obs, _ = self.policy.obs_to_tensor(new_obs)
+                values = self.policy.value(self.policy.encode(obs)).mean(0).cpu().numpy()
+        for predicted, realized in zip(*self._plan_tracker.finish(values), strict=True):
+            self.logger.record_mean("rollout/plan_predicted", predicted)
+            self.logger.record_mean("rollout/plan_realized", realized)
+
+    # ---------------------------------------------------------------- learning
+
+    def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
+        super()._update_learning_rate(optimizers)
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            self._set_learning_rate(optimizer, self.lr_schedule(self._current_progress_remaining))
+
+    @staticmethod
+    def _set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+    def _sample_batch(self, batch_size: int) -> SequenceBatch:
+        """Offline and online sequences in one batch; either alone while the other is missing."""
+        length, vec_normalize = self.sequence_length, self._vec_normalize_env
+        if self._offline_buffer is None:
+            return self.replay_buffer.sample_sequences(batch_size, length, vec_normalize)
+        num_online = round(batch_size * (1 - self.offline_fraction)) if self.replay_buffer.size() > 0 else 0
+        offline = self._offline_buffer.sample_sequences(batch_size - num_online, length, vec_normalize)
+        if num_online == 0:
+            return offline
+        online = self.replay_buffer.sample_sequences(num_online, length, vec_normalize)
+        return SequenceBatch(
+            *(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(offline, online, strict=True))
+        )

@@ -1,0 +1,224 @@
+"""Read Minari datasets by id or folder, and write any ``OfflineDataset`` as one."""
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import h5py
+import minari
+import numpy as np
+from gymnasium import spaces
+from minari.data_collector import EpisodeBuffer
+from minari.dataset.minari_dataset import DATASET_ID_RE
+from minari.dataset.minari_storage import METADATA_FILE_NAME, MinariStorage
+from minari.storage import get_dataset_path
+
+from modip_sb3.datasets.offline import OfflineDataset, by_key, stored_dtype, unkeyed
+
+_ROOT = "MINARI_DATASETS_PATH"
+
+
+def read_minari(id_or_folder: str | PathLike[str]) -> OfflineDataset:
+    """
+    Read a local Minari dataset; see ``OfflineDataset.from_minari``.
+
+    :param id_or_folder: An id such as ``"mujoco/hopper/medium-v0"``, or a folder that holds a dataset.
+    :return: The dataset, with the id of the environment it was recorded on if it names one.
+    :raises FileNotFoundError: If neither is there.
+    :raises ValueError: If its spaces are not supported, or its files are damaged.
+    """
+    folder = _minari_folder(Path(id_or_folder)) or _local_folder(str(id_or_folder))
+    with _explained(id_or_folder):
+        metadata = MinariStorage.read_raw_metadata(folder)
+        # Without its spaces, Minari would make the environment that the file names: code of the file's choice.
+        missing = {"observation_space", "action_space", "dataset_id", "minari_version"} - metadata.keys()
+        if missing:
+            raise ValueError(f"{METADATA_FILE_NAME} lacks {sorted(missing)}")
+        dataset = minari.MinariDataset(folder)
+    _check_spaces(dataset, id_or_folder)
+    with _explained(id_or_folder):
+        columns = _read_columns(dataset)
+    env_id = dataset.env_spec.id if dataset.env_spec is not None else None
+    return OfflineDataset.from_arrays(**columns, env_id=env_id, source=str(id_or_folder))
+
+
+@contextmanager
+def _explained(source: str | PathLike[str]) -> Iterator[None]:
+    """Whatever Minari, JSON and HDF5 raise on damaged files, in one sentence."""
+    try:
+        yield
+    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
+        raise ValueError(f"Minari dataset {source}: cannot be read ({error}); fetch or write it again.") from error
+
+
+def _minari_folder(path: Path) -> Path | None:
+    """The ``data`` folder of a Minari dataset's folder (or that folder itself), or None if it is no Minari dataset."""
+    path = path.expanduser()
+    return next((folder for folder in (path / "data", path) if (folder / METADATA_FILE_NAME).is_file()), None)
+
+
+def _local_folder(dataset_id: str) -> Path:
+    if DATASET_ID_RE.fullmatch(dataset_id) is None:
+        raise FileNotFoundError(
+            f"Offline dataset {dataset_id}: neither an HDF5 file nor a Minari folder that is there, "
+            "nor a Minari id like 'mujoco/hopper/medium-v0'; check the path."
+        )
+    root = get_dataset_path()
+    folder = _minari_folder(root / dataset_id)
+    if folder is None:
+        raise FileNotFoundError(
+            f"Minari dataset {dataset_id}: not found in {root}, expected a downloaded dataset; "
+            f"run `minari download {dataset_id}`, or point {_ROOT} to the folder that holds it."
+        )
+    return folder
+
+
+def _check_spaces(dataset: minari.MinariDataset, source: str | PathLike[str]) -> None:
+    space = dataset.observation_space
+    parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
+    for found in (*parts, dataset.action_space):
+        if isinstance(found, spaces.Dict | spaces.Tuple | spaces.Text):
+            raise ValueError(
+                f"Minari dataset {source}: holds a {type(found).__name__} space where a Box was expected: "
+                "observations are a Box or a Dict of Box, and actions a Box; flatten it first."
+            )
+
+
+def _read_columns(dataset: minari.MinariDataset) -> dict[str, Any]:
+    """Fill one array per column, episode by episode, so that nothing is held twice."""
+    total = dataset.total_steps
+    columns: dict[str, np.ndarray] = {}
+    observations: dict[str, np.ndarray] = {}
+    finals: dict[str, list[np.ndarray]] = {}
+    stop = 0
+    for episode in dataset.iterate_episodes():
+        parts = by_key(episode.observations)
+        steps = {name: getattr(episode, name) for name in ("actions", "rewards", "terminations", "truncations")}
+        if stop == 0:
+            observations = {key: _allocate(total, part) for key, part in parts.items()}
+            columns = {name: _allocate(total, values) for name, values in steps.items()}
+            finals = {key: [] for key in parts}
+        start, stop = stop, stop + len(episode)
+        for name, values in steps.items():
+            columns[name][start:stop] = values
+        columns["truncations"][stop - 1] |= not columns["terminations"][stop - 1]  # a recording that just stopped
+        ends = (columns["terminations"] | columns["truncations"])[start:stop]
+        for key, part in parts.items():  # one observation more than steps
+            observations[key][start:stop] = part[:-1]
+            finals[key].append(part[1:][ends])
+    if stop != total:
+        raise ValueError(f"{METADATA_FILE_NAME} counts {total} steps, its episodes hold {stop}")
+    final_observations = {key: np.concatenate(parts) for key, parts in finals.items()}
+    return columns | {"observations": unkeyed(observations), "final_observations": unkeyed(final_observations)}
+
+
+def _allocate(rows: int, example: np.ndarray) -> np.ndarray:
+    return np.empty((rows, *example.shape[1:]), stored_dtype(example.dtype))
+
+
+def save_minari(
+    dataset: OfflineDataset,
+    dataset_id: str,
+    env: str | gym.Env | None = None,
+    path: str | PathLike[str] | None = None,
+    **metadata: Any,
+) -> Path:
+    """
+    Write a dataset as a compressed Minari dataset, which ``minari.load_dataset`` reads like any other.
+
+    :param dataset: What to write.
+    :param dataset_id: Its id, such as ``"mujoco/hopper/mine-v0"``.
+    :param env: The environment (or its id) whose spec and spaces are recorded; ``dataset.env_id`` by default.
+    :param path: Folder of Minari datasets to write into; ``MINARI_DATASETS_PATH`` or Minari's own by default.
+    :param metadata: What ``minari.create_dataset_from_buffers`` takes besides, such as ``author`` or ``description``.
+    :return: The dataset's folder, from which ``OfflineDataset.load`` reads it as well.
+    :raises ValueError: If the id is not one of Minari's or is taken, or no environment is known.
+    """
+    match = DATASET_ID_RE.fullmatch(dataset_id)
+    if match is None or match["version"] is None:
+        raise ValueError(f"dataset_id={dataset_id!r} is no Minari id, expected one like 'mujoco/hopper/mine-v0'.")
+    env = env if env is not None else dataset.env_id
+    if env is None:
+        raise ValueError(f"Offline dataset {dataset.source}: names no environment, expected one; pass env=.")
+    made = gym.make(env) if isinstance(env, str) else env
+    dataset.check(made.observation_space, made.action_space, min_length=1)
+    with _minari_root(path), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Minari's advice to give every piece of metadata
+        written = minari.create_dataset_from_buffers(
+            dataset_id,
+            _episode_buffers(dataset),  # an iterator: no second copy of the data
+            env=made,
+            observation_space=_as_float32(made.observation_space),
+            action_space=_as_float32(made.action_space),
+            **metadata,
+        )
+    if isinstance(env, str):
+        made.close()
+    data = Path(written.storage.data_path)
+    _compress(data / "main_data.hdf5")
+    written.storage.update_metadata({"dataset_size": written.storage.get_size()})
+    return data.parent
+
+
+@contextmanager
+def _minari_root(path: str | PathLike[str] | None) -> Iterator[None]:
+    """Minari takes the folder it writes into from the environment variable alone."""
+    before = os.environ.get(_ROOT)
+    if path is not None:
+        os.environ[_ROOT] = str(Path(path).expanduser().resolve())
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[_ROOT] = before
+        elif path is not None:
+            del os.environ[_ROOT]
+
+
+def _episode_buffers(dataset: OfflineDataset) -> Iterator[EpisodeBuffer]:
+    observations, finals = by_key(dataset.observations), by_key(dataset.final_observations)
+    for episode, (length, end) in enumerate(zip(dataset.episode_lengths, dataset.episode_ends, strict=True)):
+        steps = slice(end + 1 - length, end + 1)
+        parts = {key: np.concatenate([values[steps], finals[key][[episode]]]) for key, values in observations.items()}
+        yield EpisodeBuffer(
+            observations=unkeyed(parts),
+            actions=dataset.actions[steps],
+            rewards=dataset.rewards[steps],
+            terminations=dataset.terminations[steps],
+            truncations=dataset.truncations[steps],
+            infos={},
+        )
+
+
+def _as_float32(space: spaces.Space) -> spaces.Space:
+    """The space of what is stored: MuJoCo's environments say float64."""
+    if isinstance(space, spaces.Dict):
+        return spaces.Dict({key: _as_float32(part) for key, part in space.spaces.items()})
+    if isinstance(space, spaces.Box) and space.dtype == np.float64:
+        return spaces.Box(space.low.astype(np.float32), space.high.astype(np.float32), dtype=np.float32)
+    return space
+
+
+def _compress(path: Path) -> None:
+    """
+    Rewrite Minari's file with one compressed chunk per array, in the compact format of HDF5 1.10.
+
+    Minari's own is a third larger than its data for episodes of some hundred steps, as their chunks are not full.
+    """
+    packed = path.with_suffix(".tmp")
+    with h5py.File(path, "r") as source, h5py.File(packed, "w", libver=("v110", "v110")) as target:
+
+        def copy(name: str, item: h5py.Group | h5py.Dataset) -> None:
+            if isinstance(item, h5py.Group):
+                target.create_group(name).attrs.update(item.attrs)
+            else:
+                layout = {"chunks": item.shape, "compression": "gzip", "shuffle": True}
+                target.create_dataset(name, data=item[()], **layout)
+
+        source.visititems(copy)
+    os.replace(packed, path)

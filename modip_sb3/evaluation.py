@@ -1,0 +1,66 @@
+"""Evaluation with fixed seeds, of the diffusion policy alone and with the planner."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+
+from modip_sb3.policies import ActingMode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Returns and lengths of evaluation episodes, and who acted in them."""
+
+    inference: ActingMode
+    returns: np.ndarray
+    lengths: np.ndarray
+
+    @property
+    def mean(self) -> float:
+        """Mean return."""
+        return float(self.returns.mean())
+
+    @property
+    def standard_error(self) -> float:
+        """Standard error of the mean return; 0 for a single episode."""
+        return float(self.returns.std(ddof=1) / np.sqrt(len(self.returns))) if len(self.returns) > 1 else 0.0
+
+
+def evaluate(
+    model: BaseAlgorithm,
+    env_id: str,
+    n_episodes: int = 20,
+    inference: ActingMode = "policy",
+    seed: int = 1000,
+    deterministic: bool = False,
+    n_envs: int = 10,
+    env_kwargs: dict[str, Any] | None = None,
+) -> Evaluation:
+    """
+    SB3's ``evaluate_policy`` on fresh environments that start from the same states in every call.
+
+    :param model: an algorithm of this package
+    :param env_id: Gymnasium id of the environment
+    :param n_episodes: number of episodes
+    :param inference: who acts, "policy" or "planner"; the model's own setting is put back afterwards
+    :param seed: seed of the environments' first states
+    :param deterministic: whether actions are a function of the observation
+    :param n_envs: environments that run side by side
+    :param env_kwargs: keyword arguments of the environment
+    :return: the evaluation, in the environment's own rewards
+    """
+    env = make_vec_env(env_id, n_envs=min(n_envs, n_episodes), seed=seed, env_kwargs=env_kwargs)
+    previous = model.inference
+    model.inference = inference
+    try:
+        returns, lengths = evaluate_policy(
+            model, env, n_eval_episodes=n_episodes, deterministic=deterministic, return_episode_rewards=True
+        )
+    finally:
+        model.inference = previous
+        env.close()
+    return Evaluation(inference, np.asarray(returns), np.asarray(lengths))

@@ -1,0 +1,196 @@
+"""Building blocks shared by the world model and the critics (the TD-MPC2 family, arXiv:2310.16828)."""
+
+from collections.abc import Sequence
+
+import torch as th
+import torch.nn.functional as F
+from torch import nn
+
+
+class SimNorm(nn.Module):
+    """
+    Simplicial normalisation: a softmax over each group of ``group_size`` features (TD-MPC2, eq. 5).
+
+    :param group_size: features per simplex; the input's last dimension must be a multiple of it
+    """
+
+    def __init__(self, group_size: int = 8):
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        groups = inputs.unflatten(-1, (-1, self.group_size))
+        return F.softmax(groups, dim=-1).flatten(-2)
+
+
+def mlp(
+    input_dim: int, net_arch: Sequence[int], output_dim: int, output_layer: nn.Module | None = None
+) -> nn.Sequential:
+    """
+    Linear, LayerNorm and SiLU per hidden layer, then a linear output.
+
+    :param input_dim: number of input features
+    :param net_arch: widths of the hidden layers; may be empty
+    :param output_dim: number of output features
+    :param output_layer: applied to the linear output, a normalisation for example
+    :return: the network
+    """
+    layers: list[nn.Module] = []
+    for width in net_arch:
+        layers += [nn.Linear(input_dim, width), nn.LayerNorm(width), nn.SiLU()]
+        input_dim = width
+    layers.append(nn.Linear(input_dim, output_dim))
+    if output_layer is not None:
+        layers.append(output_layer)
+    return nn.Sequential(*layers)
+
+
+def zero_init(layer: nn.Module) -> None:
+    """
+    :param layer: its parameters become zero, so that a two-hot head starts by predicting zero
+    """
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+
+
+class EnsembleLinear(nn.Module):
+    """
+    ``num_members`` linear layers as one batched product.
+
+    :param num_members: number of independent layers
+    :param input_dim: number of input features
+    :param output_dim: number of output features
+    """
+
+    def __init__(self, num_members: int, input_dim: int, output_dim: int):
+        super().__init__()
+        members = [nn.Linear(input_dim, output_dim) for _ in range(num_members)]
+        self.weight = nn.Parameter(th.stack([member.weight.detach().T for member in members]))  # (E, in, out)
+        self.bias = nn.Parameter(th.stack([member.bias.detach() for member in members])[:, None])  # (E, 1, out)
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        return th.baddbmm(self.bias, inputs, self.weight)  # (E, N, out)
+
+
+class EnsembleLayerNorm(nn.Module):
+    """
+    LayerNorm with an affine transform of its own for each of ``num_members`` members.
+
+    :param num_members: number of members
+    :param width: number of features
+    """
+
+    def __init__(self, num_members: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(th.ones(num_members, 1, width))
+        self.bias = nn.Parameter(th.zeros(num_members, 1, width))
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        return F.layer_norm(inputs, inputs.shape[-1:]) * self.weight + self.bias
+
+
+class EnsembleMLP(nn.Module):
+    """
+    An ensemble of :func:`mlp` networks evaluated together.
+
+    :param num_members: number of independent networks
+    :param input_dim: number of input features
+    :param net_arch: widths of the hidden layers; may be empty
+    :param output_dim: number of output features
+    """
+
+    def __init__(self, num_members: int, input_dim: int, net_arch: Sequence[int], output_dim: int):
+        super().__init__()
+        self.num_members = num_members
+        layers: list[nn.Module] = []
+        for width in net_arch:
+            layers += [EnsembleLinear(num_members, input_dim, width), EnsembleLayerNorm(num_members, width), nn.SiLU()]
+            input_dim = width
+        layers.append(EnsembleLinear(num_members, input_dim, output_dim))
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        """
+        :param inputs: features of any leading shape ``(..., in)``
+        :return: outputs ``(E, ..., out)``
+        """
+        flat = inputs.flatten(0, -2).expand(self.num_members, -1, -1)  # (E, N, in)
+        return self.layers(flat).unflatten(1, inputs.shape[:-1])
+
+
+class TwoHot(nn.Module):
+    """
+    Scalars as a distribution over equally spaced bins on a symlog axis (DreamerV3, arXiv:2301.04104; TD-MPC2).
+
+    :param num_bins: number of bins
+    :param low: symlog of the smallest scalar that can be represented
+    :param high: symlog of the largest scalar that can be represented
+    """
+
+    bins: th.Tensor
+
+    def __init__(self, num_bins: int = 101, low: float = -10.0, high: float = 10.0):
+        super().__init__()
+        self.num_bins, self.low, self.high = num_bins, low, high
+        self.register_buffer("bins", th.linspace(low, high, num_bins), persistent=False)
+
+    def decode(self, logits: th.Tensor) -> th.Tensor:
+        """
+        :param logits: ``(..., num_bins)``
+        :return: the expected scalar ``(...)``
+        """
+        symlog = (F.softmax(logits, dim=-1) * self.bins).sum(-1)
+        return symlog.sign() * th.expm1(symlog.abs())
+
+    def cross_entropy(self, logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
+        """
+        :param logits: ``(..., num_bins)``
+        :param targets: scalars, of a shape that broadcasts to the logits' leading one
+        :return: cross-entropy between the two-hot target and the prediction ``(...)``
+        """
+        symlog = (targets.sign() * th.log1p(targets.abs())).clamp(self.low, self.high)
+        position = (symlog - self.low) * (self.num_bins - 1) / (self.high - self.low)
+        position = position.expand(logits.shape[:-1])[..., None]
+        lower = position.floor().clamp(max=self.num_bins - 2)
+        log_probs = F.log_softmax(logits, dim=-1)
+        index = lower.long()
+        low_log_prob, high_log_prob = log_probs.gather(-1, index), log_probs.gather(-1, index + 1)
+        upper_weight = position - lower
+        return -((1 - upper_weight) * low_log_prob + upper_weight * high_log_prob).squeeze(-1)
+
+
+class RunningNormalizer(nn.Module):
+    """
+    Standardises features by the mean and variance of all the data seen so far (parallel variance, Chan et al.).
+
+    :param num_features: number of features
+    :param clip: normalised values are clipped to ``[-clip, clip]``
+    """
+
+    mean: th.Tensor
+    var: th.Tensor
+    count: th.Tensor
+
+    def __init__(self, num_features: int, clip: float = 10.0):
+        super().__init__()
+        self.clip = clip
+        self.register_buffer("mean", th.zeros(num_features))
+        self.register_buffer("var", th.ones(num_features))
+        self.register_buffer("count", th.zeros(1))
+
+    @th.no_grad()
+    def update(self, features: th.Tensor) -> None:
+        """
+        :param features: new data ``(N, num_features)``
+        """
+        batch_count = features.shape[0]
+        batch_var, batch_mean = th.var_mean(features, dim=0, correction=0)
+        total = self.count + batch_count
+        delta = batch_mean - self.mean
+        moment = self.var * self.count + batch_var * batch_count + delta**2 * self.count * batch_count / total
+        self.mean += delta * batch_count / total
+        self.var.copy_(moment / total)
+        self.count.copy_(total)
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        return ((features - self.mean) / th.sqrt(self.var + 1e-6)).clamp(-self.clip, self.clip)

@@ -1,0 +1,213 @@
+"""Model-predictive path integral control in a latent space. It knows neither a policy nor a critic."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch as th
+
+
+class LatentModel(Protocol):
+    """What the planner needs of a model; all tensors have a flat batch dimension N."""
+
+    def next(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor: ...
+
+    def reward(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor: ...
+
+    def terminated(self, latents: th.Tensor) -> th.Tensor: ...
+
+
+class Plan(NamedTuple):
+    """What a call of :class:`MPPI` returns; every action is in [-1, 1]."""
+
+    actions: th.Tensor
+    """The chosen action sequences ``(B, H, A)``."""
+    mean: th.Tensor
+    """The elites' weighted mean, from which the next call warm-starts ``(B, H, A)``."""
+    std: th.Tensor
+    """The elites' spread ``(B, H, A)``."""
+    value: th.Tensor
+    """The score of ``actions`` ``(B,)``."""
+    proposal_value: th.Tensor
+    """The mean score of the proposals ``(B,)``."""
+
+
+@dataclass(frozen=True)
+class MPPI:
+    """
+    MPPI (Williams et al., 2015) as in TD-MPC2 (arXiv:2310.16828): candidates are the proposals and sequences drawn
+    around the elites' mean; a candidate's score is Σ γ^t r_t + γ^H V(z_H), weighted by the probability of not having
+    terminated.
+
+    :param model: the latent model to roll
+    :param propose: draws action sequences for the start latents, ``(B, Z) -> (B, n, H, A)`` with ``n >= 1``
+    :param terminal_value: values of final latents, ``(N, Z) -> (E, N)``, one row for each ensemble member
+    :param num_samples: sequences drawn around the elites' mean in each iteration; 0 only ranks the proposals
+    :param num_elites: best candidates that the mean and spread are computed from
+    :param num_iterations: refinements of mean and spread
+    :param temperature: inverse temperature of the elites' weights; raising it trusts the best candidate more
+    :param min_std: lower bound of the search spread, which is also the exploration noise
+    :param max_std: upper bound of the search spread, and its start
+    :param pessimism: standard deviations of the terminal value's ensemble taken off its mean; with two members 1 is
+        their minimum
+    :param trust_region: how far, in each action dimension, a candidate may leave the range of the proposals;
+        None for anywhere
+    :param gamma: discount factor
+    """
+
+    model: LatentModel
+    propose: Callable[[th.Tensor], th.Tensor]
+    terminal_value: Callable[[th.Tensor], th.Tensor]
+    num_samples: int = 16
+    num_elites: int = 8
+    num_iterations: int = 2
+    temperature: float = 0.5
+    min_std: float = 0.05
+    max_std: float = 0.5
+    pessimism: float = 1.0
+    trust_region: float | None = None
+    gamma: float = 0.99
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 0 or self.num_iterations < 0 or self.num_elites < 1:
+            raise ValueError(
+                f"The planner needs num_samples >= 0, num_iterations >= 0 and num_elites >= 1, but got "
+                f"{self.num_samples}, {self.num_iterations} and {self.num_elites}."
+            )
+        if not 0 <= self.min_std <= self.max_std:
+            raise ValueError(f"The planner needs 0 <= min_std <= max_std, but got {self.min_std} and {self.max_std}.")
+
+    @th.no_grad()
+    def plan(self, latents: th.Tensor, warm_start: th.Tensor | None = None, deterministic: bool = False) -> Plan:
+        """
+        :param latents: start states ``(B, Z)``
+        :param warm_start: mean to search around first, the shifted one of the last plan ``(B, H, A)``; None, or NaN
+            for single states, starts from the proposals' elites
+        :param deterministic: choose the best of all candidates, with noise that is the same in every call and for every
+            state; otherwise an elite is drawn by its weight and perturbed by the search spread
+        :return: the plan; with ``deterministic`` it scores no worse than the best proposal
+        """
+        generator = th.Generator(latents.device).manual_seed(0) if deterministic else None
+        proposals = self.propose(latents)  # (B, n, H, A)
+        low, high = self._bounds(proposals)
+        proposal_values = self.evaluate(latents, proposals)
+        elites, elite_values = self._select_elites(proposals, proposal_values)
+        best, best_value = elites[:, 0], elite_values[:, 0]
+        mean, std = self._fit(elites, elite_values)
+        if warm_start is not None:
+            mean = th.where(warm_start.isnan(), mean, warm_start)
+        if self.num_samples > 0 and self.num_iterations > 0:
+            std = th.full_like(mean, self.max_std)
+            for _ in range(self.num_iterations):
+                samples = mean[:, None] + std[:, None] * self._noise(mean, self.num_samples, generator)
+                samples = th.maximum(th.minimum(samples, high[:, None]), low[:, None])
+                candidates = th.cat([proposals, samples], dim=1)
+                values = th.cat([proposal_values, self.evaluate(latents, samples)], dim=1)
+                elites, elite_values = self._select_elites(candidates, values)
+                better = elite_values[:, 0] > best_value
+                best = th.where(better[:, None, None], elites[:, 0], best)
+                best_value = th.where(better, elite_values[:, 0], best_value)
+                mean, std = self._fit(elites, elite_values)
+        if not deterministic:
+            chosen = th.multinomial(self._weights(elite_values), 1)  # (B, 1)
+            best_value = elite_values.gather(1, chosen).squeeze(1)
+            best = elites[th.arange(len(elites), device=elites.device), chosen.squeeze(1)]
+            best = (best + std * th.randn_like(best)).clamp(-1, 1)
+        return Plan(best, mean, std, best_value, proposal_values.mean(1))
+
+    def evaluate(self, latents: th.Tensor, candidates: th.Tensor) -> th.Tensor:
+        """
+        :param latents: start states ``(B, Z)``
+        :param candidates: action sequences ``(B, N, H, A)``
+        :return: their scores under the model ``(B, N)``
+        """
+        batch_size, num_candidates, horizon, _ = candidates.shape
+        states = latents.repeat_interleave(num_candidates, dim=0)  # (B * N, Z)
+        discount = th.ones(len(states), device=latents.device)
+        scores = th.zeros_like(discount)
+        for actions in candidates.flatten(0, 1).unbind(1):
+            scores = scores + discount * self.model.reward(states, actions)
+            states = self.model.next(states, actions)
+            discount = discount * self.gamma * (1 - self.model.terminated(states))
+        terminal_values = self.terminal_value(states)  # (E, B * N)
+        spread = terminal_values.std(0, correction=0)
+        scores = scores + discount * (terminal_values.mean(0) - self.pessimism * spread)
+        return scores.view(batch_size, num_candidates)
+
+    def _bounds(self, proposals: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        if self.trust_region is None:
+            ones = th.ones_like(proposals[:, 0])
+            return -ones, ones
+        low, high = proposals.amin(1) - self.trust_region, proposals.amax(1) + self.trust_region
+        return low.clamp(min=-1), high.clamp(max=1)
+
+    def _noise(self, mean: th.Tensor, num_samples: int, generator: th.Generator | None) -> th.Tensor:
+        batch_size = len(mean) if generator is None else 1
+        shape = (batch_size, num_samples, *mean.shape[1:])
+        return th.randn(shape, generator=generator, device=mean.device)
+
+    def _select_elites(self, candidates: th.Tensor, values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        elite_values, index = values.topk(min(self.num_elites, values.shape[1]), dim=1)
+        index = index[:, :, None, None].expand(-1, -1, *candidates.shape[2:])
+        return candidates.gather(1, index), elite_values
+
+    def _weights(self, elite_values: th.Tensor) -> th.Tensor:
+        return th.softmax(self.temperature * elite_values, dim=1)
+
+    def _fit(self, elites: th.Tensor, elite_values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        weights = self._weights(elite_values)[:, :, None, None]
+        mean = (weights * elites).sum(1)
+        std = (weights * (elites - mean[:, None]) ** 2).sum(1).sqrt()
+        return mean, std.clamp(self.min_std, self.max_std)
+
+
+class PlanTracker:
+    """
+    Compares what plans promised with what the environment gave: Σ γ^t r + γ^H V(s_H) predicted and realised, following
+    one plan at a time in each environment. Plans cut short by a time limit are dropped.
+
+    :param n_envs: number of environments
+    :param horizon: H, environment steps between promise and reckoning
+    :param gamma: discount factor
+    """
+
+    def __init__(self, n_envs: int, horizon: int, gamma: float):
+        self.horizon, self.gamma = horizon, gamma
+        self.predicted = np.zeros(n_envs)
+        self.realized = np.zeros(n_envs)
+        self.age = np.full(n_envs, -1)  # negative: no plan is followed
+
+    def start(self, predicted: np.ndarray) -> None:
+        """
+        :param predicted: scores of the plans that are about to be executed ``(n_envs,)``
+        """
+        idle = self.age < 0
+        self.predicted[idle], self.realized[idle], self.age[idle] = predicted[idle], 0.0, 0
+
+    def step(self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> None:
+        """
+        :param rewards: of the last environment step ``(n_envs,)``
+        :param terminated: where it terminated the episode ``(n_envs,)``
+        :param truncated: where the episode was cut off instead ``(n_envs,)``
+        """
+        active = self.age >= 0
+        self.realized[active] += self.gamma ** self.age[active] * rewards[active]
+        self.age[active] += 1
+        self.age[truncated] = -1
+        self.age[active & terminated] = self.horizon + 1  # complete, with nothing to bootstrap
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether a plan has been followed to its horizon, so that :meth:`finish` needs V of the states reached."""
+        return bool((self.age == self.horizon).any())
+
+    def finish(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :param values: V of the states reached ``(n_envs,)``; only read where a plan has been followed to its horizon
+        :return: predicted and realised returns of the plans that are complete ``(n,)``
+        """
+        self.realized += np.where(self.age == self.horizon, self.gamma**self.horizon * values, 0.0)
+        complete = self.age >= self.horizon
+        self.age[complete] = -1
+        return self.predicted[complete], self.realized[complete]

@@ -1,0 +1,342 @@
+"""The policy: everything that is needed to act, with the diffusion model or with the planner."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    get_actor_critic_arch,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from modip_sb3.critics import ValueEnsemble
+from modip_sb3.diffusion import DiffusionModel, GaussianModel, MLPDenoiser, UNetDenoiser
+from modip_sb3.networks import RunningNormalizer
+from modip_sb3.planner import MPPI, Plan
+from modip_sb3.world_model import WorldModel
+
+ActingMode = Literal["policy", "planner"]
+ChunkState = tuple[np.ndarray, np.ndarray]
+
+DEFAULT_NET_ARCH: dict[str, dict[str, list[int]]] = {
+    "unet": {"pi": [32, 64], "qf": [256, 256]},
+    "mlp": {"pi": [256, 256, 256], "qf": [256, 256]},
+}
+
+
+def check_observation_space(observation_space: spaces.Space) -> None:
+    """
+    :param observation_space: the environment's observation space
+    :raises ValueError: for images and for nested dictionaries
+    """
+    members = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    for key, space in members.items():
+        name = f"Observation {key!r}" if key else "The observation"
+        if is_image_space(space) or (isinstance(space, spaces.Box) and len(space.shape) >= 3):
+            raise ValueError(
+                f"{name} is an image ({space}), but MODIP plans on state observations; encode the image into a vector "
+                "in an observation wrapper first."
+            )
+        if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
+            raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
+
+
+class MODIPPolicy(BasePolicy):
+    """
+    Diffusion policy, its EMA copy, latent world model, critics and their targets.
+
+    :param observation_space: observation space, a Box or a Dict of Box spaces
+    :param action_space: action space, a bounded Box
+    :param lr_schedule: unused here: the algorithm owns the optimisers
+    :param net_arch: widths of the denoiser (``pi``) and of world model and critics (``qf``), or one list for both
+    :param denoiser: "unet" (diffusers' ``UNet1DModel``) or "mlp" (a residual MLP, several times cheaper on a CPU)
+    :param proposal: "diffusion", or "gaussian" for the ablation with a Gaussian MLP in the diffusion policy's place
+    :param action_horizon: actions in a chunk
+    :param n_action_steps: how many of them the policy executes before it predicts the next chunk
+    :param horizon: environment steps that the planner looks ahead, at most ``action_horizon``
+    :param num_proposals: chunks that the actor proposes for each plan
+    :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`
+    :param terminal_value: what ends a plan's score: "v" for V(z_H), or "q" for the ablation with Q(z_H, π(z_H)), where
+        the actor sees the world model's latent instead of the observation
+    :param inference: what ``predict`` uses: "policy" (the diffusion policy alone, fast) or "planner"
+    :param train_scheduler: class name of the diffusers scheduler for training
+    :param sample_scheduler: class name of the diffusers scheduler for sampling
+    :param scheduler_kwargs: arguments of both schedulers
+    :param num_inference_steps: denoising steps of one sample
+    :param latent_dim: size of the world model's latent state
+    :param n_critics: members of the V and of the Q ensemble
+    :param features_extractor_class: features extractor
+    :param features_extractor_kwargs: its keyword arguments
+    :param normalize_images: unused, as images are not supported
+    :param optimizer_class: the optimisers' class
+    :param optimizer_kwargs: the optimisers' keyword arguments, without the learning rate
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        denoiser: Literal["unet", "mlp"] = "unet",
+        proposal: Literal["diffusion", "gaussian"] = "diffusion",
+        action_horizon: int = 4,
+        n_action_steps: int = 4,
+        horizon: int = 4,
+        num_proposals: int = 16,
+        planner_kwargs: dict[str, Any] | None = None,
+        terminal_value: Literal["v", "q"] = "v",
+        inference: ActingMode = "policy",
+        train_scheduler: str = "DDPMScheduler",
+        sample_scheduler: str = "DDIMScheduler",
+        scheduler_kwargs: dict[str, Any] | None = None,
+        num_inference_steps: int = 5,
+        latent_dim: int = 128,
+        n_critics: int = 2,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ):
+        check_observation_space(observation_space)
+        if features_extractor_class is None:
+            is_dict = isinstance(observation_space, spaces.Dict)
+            features_extractor_class = CombinedExtractor if is_dict else FlattenExtractor
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            squash_output=True,
+        )
+        if not 1 <= n_action_steps <= action_horizon or not 1 <= horizon <= action_horizon:
+            raise ValueError(
+                f"n_action_steps={n_action_steps} and horizon={horizon} must lie between 1 and "
+                f"action_horizon={action_horizon}: a chunk is executed and planned from its start."
+            )
+        if denoiser not in DEFAULT_NET_ARCH:
+            raise ValueError(f"denoiser={denoiser!r} is unknown; choose from {sorted(DEFAULT_NET_ARCH)}.")
+        self.denoiser_name, self.proposal = denoiser, proposal
+        self.net_arch = DEFAULT_NET_ARCH[denoiser] if net_arch is None else net_arch
+        self.action_horizon, self.n_action_steps, self.horizon = action_horizon, n_action_steps, horizon
+        self.num_proposals, self.planner_kwargs = num_proposals, dict(planner_kwargs or {})
+        self.terminal_value, self.inference = terminal_value, inference
+        self.latent_dim, self.n_critics = latent_dim, n_critics
+        self.diffusion_kwargs: dict[str, Any] = {
+            "train_scheduler": train_scheduler,
+            "sample_scheduler": sample_scheduler,
+            "scheduler_kwargs": scheduler_kwargs,
+            "num_inference_steps": num_inference_steps,
+        }
+        self.action_dim = get_action_dim(action_space)
+        self.chunk_shape = (action_horizon, self.action_dim)
+        self._build()
+        self._make_planner(lambda latents: latents[:, None])  # checks planner_kwargs before anything is learned
+
+    def _build(self) -> None:
+        actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
+        self.features_extractor = self.make_features_extractor()
+        features_dim = self.features_extractor.features_dim
+        self.normalizer = RunningNormalizer(features_dim)
+        self.world_model = WorldModel(features_dim, self.action_dim, self.latent_dim, critic_arch)
+        self.value = ValueEnsemble(self.latent_dim, 0, self.n_critics, critic_arch)
+        self.critic = ValueEnsemble(self.latent_dim, self.action_dim, self.n_critics, critic_arch)
+        self.actor = self._make_actor(self.latent_dim if self.terminal_value == "q" else features_dim, actor_arch)
+        self.value_target, self.critic_target = deepcopy(self.value), deepcopy(self.critic)
+        self.actor_ema = deepcopy(self.actor)
+        for target in (self.value_target, self.critic_target, self.actor_ema):
+            target.requires_grad_(False)
+        fixed_noise = th.randn(self.chunk_shape, generator=th.Generator().manual_seed(0))
+        self.register_buffer("fixed_noise", fixed_noise)
+
+    def _make_actor(self, condition_dim: int, net_arch: Sequence[int]) -> DiffusionModel | GaussianModel:
+        if self.proposal == "gaussian":
+            return GaussianModel(self.chunk_shape, condition_dim, net_arch)
+        denoiser: nn.Module
+        if self.denoiser_name == "unet":
+            denoiser = UNetDenoiser(self.action_dim, condition_dim, net_arch)
+        else:
+            denoiser = MLPDenoiser(self.chunk_shape, condition_dim, net_arch)
+        return DiffusionModel(denoiser, self.chunk_shape, **self.diffusion_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            lr_schedule=self._dummy_schedule,
+            net_arch=self.net_arch,
+            denoiser=self.denoiser_name,
+            proposal=self.proposal,
+            action_horizon=self.action_horizon,
+            n_action_steps=self.n_action_steps,
+            horizon=self.horizon,
+            num_proposals=self.num_proposals,
+            planner_kwargs=self.planner_kwargs,
+            terminal_value=self.terminal_value,
+            inference=self.inference,
+            latent_dim=self.latent_dim,
+            n_critics=self.n_critics,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            **self.diffusion_kwargs,
+        )
+        return data
+
+    @property
+    def normalizes_features(self) -> bool:
+        """A features extractor that learns is its own normaliser: its output would drift away from any statistics."""
+        return not any(True for _ in self.features_extractor.parameters())
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations ``(N, *obs_shape)``
+        :return: normalised features ``(N, F)``
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return self.normalizer(features) if self.normalizes_features else features
+
+    def encode(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations ``(N, *obs_shape)``
+        :return: latents ``(N, Z)``
+        """
+        return self.world_model.encode(self.features(obs))
+
+    def actor_condition(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: normalised features ``(N, F)``
+        :return: what the actor is conditioned on, without gradient ``(N, C)``
+        """
+        if self.terminal_value == "q":
+            features = self.world_model.encode(features)
+        return features.detach()
+
+    def sample_chunks(self, condition: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        """
+        :param condition: see :meth:`actor_condition` ``(N, C)``
+        :param deterministic: start every denoising from the same noise
+        :return: action chunks of the EMA actor in [-1, 1] ``(N, T, A)``
+        """
+        noise = self.fixed_noise.expand(len(condition), -1, -1) if deterministic else None
+        return self.actor_ema.sample(condition, noise)
+
+    def plan(self, obs: PyTorchObs, warm_start: th.Tensor | None = None, deterministic: bool = False) -> Plan:
+        """
+        Improve the actor's proposals with the planner.
+
+        :param obs: observations ``(B, *obs_shape)``
+        :param warm_start: shifted mean of the last plan ``(B, H, A)``
+        :param deterministic: the same plan for the same arguments
+        :return: the plan
+        """
+        with th.no_grad():
+            features = self.features(obs)
+            condition = self.actor_condition(features).repeat_interleave(self.num_proposals, dim=0)
+            noise = None
+            if deterministic:
+                shape = (self.num_proposals, *self.chunk_shape)
+                noise = th.randn(shape, generator=th.Generator().manual_seed(1)).to(self.device)
+                noise = noise.repeat(len(features), 1, 1)
+
+            def propose(latents: th.Tensor) -> th.Tensor:
+                chunks = self.actor_ema.sample(condition, noise)
+                return chunks.view(len(latents), self.num_proposals, *self.chunk_shape)[:, :, : self.horizon]
+
+            return self._make_planner(propose).plan(self.world_model.encode(features), warm_start, deterministic)
+
+    def _make_planner(self, propose: Any) -> MPPI:
+        terminal_value = self.value if self.terminal_value == "v" else self._q_of_policy
+        return MPPI(self.world_model, propose, terminal_value, **self.planner_kwargs)
+
+    def _q_of_policy(self, latents: th.Tensor) -> th.Tensor:
+        """Q(z, π(z)), the policy-dependent terminal value of the paper's ablation: ``(N, Z) -> (E, N)``."""
+        return self.critic(latents, self.actor_ema.sample(latents)[:, 0])
+
+    def act(
+        self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool
+    ) -> tuple[np.ndarray, ChunkState, Plan | None]:
+        """
+        One action for each environment, from its chunk or, where that is used up, from a new one.
+
+        :param obs: observations ``(B, *obs_shape)``
+        :param state: chunks ``(B, T, A)`` and how many of their actions were executed ``(B,)``, negative for none
+        :param mode: "policy" executes chunks of the actor; "planner" plans at every step, warm-started from the last
+            plan
+        :param deterministic: the same output for the same input
+        :return: actions in [-1, 1] ``(B, A)``, the next state, and the plan if one was made
+        """
+        chunks, position = state[0].copy(), state[1].copy()
+        if mode == "planner":
+            last_mean = th.as_tensor(chunks, device=self.device)
+            warm_start = th.cat([last_mean[:, 1:], last_mean[:, -1:]], dim=1)
+            warm_start[position < 0] = th.nan
+            plan = self.plan(obs, warm_start, deterministic)
+            return plan.actions[:, 0].cpu().numpy(), (plan.mean.cpu().numpy(), np.ones_like(position)), plan
+        used_up = (position < 0) | (position >= self.n_action_steps)
+        if used_up.any():
+            index = th.as_tensor(np.flatnonzero(used_up), device=self.device)
+            some_obs = {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]
+            with th.no_grad():
+                condition = self.actor_condition(self.features(some_obs))
+            chunks[used_up] = self.sample_chunks(condition, deterministic).cpu().numpy()
+            position[used_up] = 0
+        actions = chunks[np.arange(len(position)), position]
+        return actions, (chunks, position + 1), None
+
+    def initial_state(self, n_envs: int, mode: ActingMode) -> ChunkState:
+        """
+        :param n_envs: number of environments
+        :param mode: who acts
+        :return: the state before an episode's first action
+        """
+        length = self.horizon if mode == "planner" else self.action_horizon
+        return np.zeros((n_envs, length, self.action_dim), np.float32), np.full(n_envs, -1)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The next action; see :meth:`BasePolicy.predict`.
+
+        :param observation: of one environment or of several
+        :param state: what the last call returned; None predicts a new chunk
+        :param episode_start: where an episode begins, what is left of a chunk is dropped
+        :param deterministic: the same output for the same input
+        :return: actions in the environment's units, and the state to pass to the next call
+        """
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        n_envs = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+        if state is None:
+            chunk_state = self.initial_state(n_envs, self.inference)
+        else:
+            chunk_state = state[0], state[1].copy()
+            if episode_start is not None:
+                chunk_state[1][np.asarray(episode_start, dtype=bool)] = -1
+        actions, next_state, _ = self.act(obs, chunk_state, self.inference, deterministic)
+        env_actions = self.unscale_action(actions.reshape(-1, *self.action_space.shape))
+        return (env_actions if vectorized else env_actions.squeeze(axis=0)), next_state
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """The first action of a new chunk or plan, in [-1, 1] ``(B, *action_shape)``."""
+        n_envs = len(next(iter(observation.values()))) if isinstance(observation, dict) else len(observation)
+        actions, _, _ = self.act(observation, self.initial_state(n_envs, self.inference), self.inference, deterministic)
+        return th.as_tensor(actions, device=self.device).view(n_envs, *self.action_space.shape)
