@@ -1,5 +1,5 @@
 """
-Make the Hopper data that the package ships: the experience of SB3's SAC on its way to a middling level, as a Minari dataset.
+Make the Hopper data that the package ships: what SB3's SAC did on its way to a middling level, as a Minari dataset.
 
     python examples/make_hopper_dataset.py            # half an hour on one core; writes examples/data
 """
@@ -61,8 +61,8 @@ def main() -> None:
     folder = save_minari(dataset, DATASET_ID, path=args.path, description=DESCRIPTION, author="modip_sb3")
     mean_return = float(dataset.episode_returns.mean())
     print(
-        f"{folder}: {dataset.num_transitions} transitions, {dataset.num_episodes} episodes, mean return {mean_return:.0f} "
-        f"({normalized_score(ENV_ID, mean_return):.1f} normalised)"
+        f"{folder}: {dataset.num_transitions} transitions, {dataset.num_episodes} episodes, "
+        f"mean return {mean_return:.0f} ({normalized_score(ENV_ID, mean_return):.1f})"
     )
 
 

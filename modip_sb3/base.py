@@ -1,10 +1,11 @@
 """What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
 
 from abc import abstractmethod
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback
@@ -18,6 +19,7 @@ from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
+Phase = Literal["clone", "offline", "online"]
 
 
 class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
@@ -37,6 +39,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     """
 
     policy: MODIPPolicy
+    action_space: spaces.Box
     replay_buffer: SequenceReplayBuffer
     optimizer_names: tuple[str, ...] = ()
 
@@ -64,12 +67,12 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         self._n_pretrain_updates = 0
 
     @abstractmethod
-    def _update(self, batch: SequenceBatch, offline_phase: bool) -> Metrics:
+    def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
         """
-        One update of every network.
+        One update of the networks that learn in this phase.
 
         :param batch: sequences
-        :param offline_phase: whether this is part of ``pretrain()``
+        :param phase: "clone" for the policy alone, "offline" for everything in ``pretrain()``, "online" in ``learn()``
         :return: what to log
         """
 
@@ -140,11 +143,12 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     def _fit_normalizers(self, dataset: OfflineDataset) -> None:
         vec_normalize = self._vec_normalize_env
         if vec_normalize is not None and vec_normalize.norm_obs and vec_normalize.training:
-            keys = vec_normalize.norm_obs_keys or []
-            for key in keys:
-                vec_normalize.obs_rms[key].update(dataset.observations[key])
-            if not keys:
-                vec_normalize.obs_rms.update(dataset.observations)
+            statistics: Any = vec_normalize.obs_rms  # one for each normalised key of Dict observations
+            if isinstance(dataset.observations, dict):
+                for key in vec_normalize.norm_obs_keys or []:
+                    statistics[key].update(dataset.observations[key])
+            else:
+                statistics.update(dataset.observations)
         for start in range(0, dataset.num_transitions, 10_000):
             obs = map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
             self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))
@@ -160,6 +164,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         self: SelfOfflineToOnline,
         total_updates: int,
         callback: MaybeCallback = None,
+        clone_only: bool = False,
         log_interval: int = 500,
         tb_log_name: str = "run",
         progress_bar: bool = False,
@@ -171,6 +176,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
 
         :param total_updates: updates of every network
         :param callback: called after each update, as ``learn()`` calls it after each environment step
+        :param clone_only: only clone the policy, and leave the world model and the critics as they are
         :param log_interval: updates between two log entries, under ``pretrain/`` and counted in updates
         :param tb_log_name: name of the TensorBoard run
         :param progress_bar: show a progress bar
@@ -187,7 +193,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         for optimizer in self._optimizers:
             self._set_learning_rate(optimizer, self.lr_schedule(1))
         for _ in tqdm(range(total_updates), desc="pretrain", disable=not progress_bar):
-            metrics = self._update(self._sample_batch(self.batch_size), offline_phase=True)
+            metrics = self._update(self._sample_batch(self.batch_size), "clone" if clone_only else "offline")
             self._n_pretrain_updates += 1
             for name, value in metrics.items():
                 self.logger.record_mean(f"pretrain/{name}", value.item())

@@ -177,9 +177,9 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         broken = map_obs(differs, self.observations, obs)
         if isinstance(broken, dict):
             broken = np.any(list(broken.values()), axis=0)
-        for env in np.flatnonzero(broken):
+        for env in map(int, np.flatnonzero(broken)):
             if (last_row, env) not in self.final_observations:
-                self.final_observations[last_row, int(env)] = self._obs_at(self.pos, env)
+                self.final_observations[last_row, env] = self._obs_at(self.pos, env)
                 self.dones[last_row, env] = self.timeouts[last_row, env] = True
 
     def reset(self) -> None:
@@ -221,7 +221,7 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         next_rows = np.minimum(np.arange(length + 1), last[:, None] + 1) + starts[:, None]
         observations = map_obs(lambda obs: obs[next_rows % self.buffer_size, columns], self.observations)
         last_rows = rows[:, -1]
-        for index in np.flatnonzero(self.dones[last_rows, envs]):
+        for index in map(int, np.flatnonzero(self.dones[last_rows, envs])):
             final = self.final_observations[int(last_rows[index]), int(envs[index])]
             tail = last[index] + 1
 

@@ -13,7 +13,7 @@ from torch import nn
 DEFAULT_SCHEDULER_KWARGS: dict[str, Any] = {"num_train_timesteps": 20, "beta_schedule": "squaredcos_cap_v2"}
 
 
-def _replace_mish(module: nn.Module) -> None:
+def _replace_mish(module: Any) -> None:
     """diffusers' temporal blocks have Mish built in; SiLU, its near twin, is several times faster on a CPU."""
     for name, child in module.named_children():
         if isinstance(child, nn.Mish):
@@ -36,7 +36,7 @@ class UNetDenoiser(nn.Module):
         super().__init__()
         channels = tuple(8 * ((width + 7) // 8) for width in net_arch) or (8,)
         self.length_multiple = 2 ** (len(channels) - 1)
-        self.unet = UNet1DModel(
+        self.unet: Any = UNet1DModel(
             in_channels=action_dim,
             out_channels=action_dim,
             extra_in_channels=channels[0],
@@ -139,7 +139,7 @@ class MLPDenoiser(nn.Module):
         return self.output(hidden).view_as(noisy_actions)
 
 
-def make_scheduler(name: str, scheduler_kwargs: dict[str, Any]) -> SchedulerMixin:
+def make_scheduler(name: str, scheduler_kwargs: dict[str, Any]) -> Any:
     """
     :param name: class name of a diffusers scheduler
     :param scheduler_kwargs: its arguments; those that this class does not know are left out, so that the training and

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
+from modip_sb3.base import OfflineToOnlineAlgorithm
 from modip_sb3.policies import ActingMode
 
 
@@ -31,7 +31,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: BaseAlgorithm,
+    model: OfflineToOnlineAlgorithm,
     env_id: str,
     n_episodes: int = 20,
     inference: ActingMode = "policy",

@@ -9,7 +9,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm
+from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSource
@@ -201,32 +201,41 @@ class MODIP(OfflineToOnlineAlgorithm):
         for _ in range(gradient_steps):
             if self.distill_from != "executed" and self._n_updates % self.relabel_freq == 0:
                 self._relabel(batch_size)
-            metrics = self._update(self._sample_batch(batch_size), offline_phase=False)
+            metrics = self._update(self._sample_batch(batch_size), "online")
             self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in metrics.items():
             self.logger.record(f"train/{name}", value.item())
 
-    def _update(self, batch: SequenceBatch, offline_phase: bool) -> Metrics:
-        """One update of every network."""
+    def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
+        policy = self.policy
         flat_obs = map_obs(lambda obs: obs.flatten(0, 1), batch.observations)
-        features = self.policy.features(flat_obs).unflatten(0, (len(batch.mask), -1))  # (B, L + 1, F)
+        features = policy.features(flat_obs).unflatten(0, (len(batch.mask), -1))  # (B, L + 1, F)
+        weights, labels = batch.mask, None
+        metrics: Metrics = {}
+        if phase != "clone":
+            metrics, values = self._update_model_and_critics(batch, features)
+        if phase == "online":
+            if self.distill_weighting == "advantage":
+                weights = weights * self._advantage_weights(batch, values)[:, None]
+            if self.distill_from != "executed":
+                labels = self._label_buffer
+        metrics.update(self._update_actor(batch, features[:, 0].detach(), weights, labels))
+        polyak_update(policy.actor.parameters(), policy.actor_ema.parameters(), self.actor_tau)
+        return metrics
+
+    def _update_model_and_critics(self, batch: SequenceBatch, features: th.Tensor) -> tuple[Metrics, th.Tensor]:
+        """World model, Q, V and their targets; also returns the target values of the data ``(B, L + 1)``."""
+        policy = self.policy
         with th.no_grad():
-            data_latents = self.policy.world_model.encode(features)  # (B, L + 1, Z)
-            data_values = self.policy.value_target(data_latents).mean(0)  # (B, L + 1)
+            data_latents = policy.world_model.encode(features)  # (B, L + 1, Z)
+            data_values = policy.value_target(data_latents).mean(0)
         returns = self._compute_returns(batch, features.detach(), data_latents, data_values)
         latents, metrics = self._update_model(batch, features, data_latents[:, 1:], returns)
         metrics.update(self._update_value(batch, latents.detach()))
-        weights = batch.mask
-        if not offline_phase and self.distill_weighting == "advantage":
-            weights = weights * self._advantage_weights(batch, data_values)[:, None]
-        labels = None if offline_phase or self.distill_from == "executed" else self._label_buffer
-        metrics.update(self._update_actor(batch, features[:, 0].detach(), weights, labels))
-        policy = self.policy
         polyak_update(policy.value.parameters(), policy.value_target.parameters(), self.tau)
         polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
-        polyak_update(policy.actor.parameters(), policy.actor_ema.parameters(), self.actor_tau)
-        return metrics
+        return metrics, data_values
 
     @th.no_grad()
     def _compute_returns(

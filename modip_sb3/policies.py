@@ -28,8 +28,8 @@ ActingMode = Literal["policy", "planner"]
 ChunkState = tuple[np.ndarray, np.ndarray]
 
 DEFAULT_NET_ARCH: dict[str, dict[str, list[int]]] = {
-    "unet": {"pi": [32, 64], "qf": [256, 256]},
-    "mlp": {"pi": [256, 256, 256], "qf": [256, 256]},
+    "unet": {"pi": [32], "qf": [128, 128]},
+    "mlp": {"pi": [256, 256, 256], "qf": [128, 128]},
 }
 
 
@@ -48,6 +48,14 @@ def check_observation_space(observation_space: spaces.Space) -> None:
             )
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
+
+
+def num_observations(obs: PyTorchObs) -> int:
+    """
+    :param obs: observations ``(B, *obs_shape)``, or a dictionary of them
+    :return: B
+    """
+    return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
 
 
 class MODIPPolicy(BasePolicy):
@@ -80,6 +88,11 @@ class MODIPPolicy(BasePolicy):
     :param optimizer_class: the optimisers' class
     :param optimizer_kwargs: the optimisers' keyword arguments, without the learning rate
     """
+
+    actor: DiffusionModel | GaussianModel
+    actor_ema: DiffusionModel | GaussianModel
+    action_space: spaces.Box
+    fixed_noise: th.Tensor
 
     def __init__(
         self,
@@ -324,7 +337,7 @@ class MODIPPolicy(BasePolicy):
         """
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
-        n_envs = len(next(iter(obs.values()))) if isinstance(obs, dict) else len(obs)
+        n_envs = num_observations(obs)
         if state is None:
             chunk_state = self.initial_state(n_envs, self.inference)
         else:
@@ -337,6 +350,6 @@ class MODIPPolicy(BasePolicy):
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """The first action of a new chunk or plan, in [-1, 1] ``(B, *action_shape)``."""
-        n_envs = len(next(iter(observation.values()))) if isinstance(observation, dict) else len(observation)
+        n_envs = num_observations(observation)
         actions, _, _ = self.act(observation, self.initial_state(n_envs, self.inference), self.inference, deterministic)
         return th.as_tensor(actions, device=self.device).view(n_envs, *self.action_space.shape)
