@@ -81,7 +81,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         self,
         policy: str | type[MODIPPolicy],
         env: GymEnv | str | None,
-        learning_rate: float | Schedule = 3e-4,
+        learning_rate: float | Schedule = 1e-3,
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,

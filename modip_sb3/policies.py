@@ -92,7 +92,6 @@ class MODIPPolicy(BasePolicy):
     actor: DiffusionModel | GaussianModel
     actor_ema: DiffusionModel | GaussianModel
     action_space: spaces.Box
-    fixed_noise: th.Tensor
 
     def __init__(
         self,
@@ -172,8 +171,6 @@ class MODIPPolicy(BasePolicy):
         self.actor_ema = deepcopy(self.actor)
         for target in (self.value_target, self.critic_target, self.actor_ema):
             target.requires_grad_(False)
-        fixed_noise = th.randn(self.chunk_shape, generator=th.Generator().manual_seed(0))
-        self.register_buffer("fixed_noise", fixed_noise)
 
     def _make_actor(self, condition_dim: int, net_arch: Sequence[int]) -> DiffusionModel | GaussianModel:
         if self.proposal == "gaussian":
@@ -241,10 +238,11 @@ class MODIPPolicy(BasePolicy):
     def sample_chunks(self, condition: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """
         :param condition: see :meth:`actor_condition` ``(N, C)``
-        :param deterministic: start every denoising from the same noise
+        :param deterministic: start every denoising from zero, the noise's mean: any other fixed noise would pick one
+            behaviour out of the data's, for better or worse
         :return: action chunks of the EMA actor in [-1, 1] ``(N, T, A)``
         """
-        noise = self.fixed_noise.expand(len(condition), -1, -1) if deterministic else None
+        noise = condition.new_zeros(len(condition), *self.chunk_shape) if deterministic else None
         return self.actor_ema.sample(condition, noise)
 
     def plan(self, obs: PyTorchObs, warm_start: th.Tensor | None = None, deterministic: bool = False) -> Plan:

@@ -9,7 +9,7 @@ from modip_sb3.world_model import WorldModel, compute_world_model_loss
 
 A = th.tensor([[0.9, 0.3, 0.0], [-0.3, 0.9, 0.0], [0.0, 0.2, 0.8]])
 B = th.tensor([[0.5, 0.0], [0.0, 0.5], [0.3, -0.3]])
-THRESHOLD = 0.8
+THRESHOLD = 0.4
 Batch = tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]
 
 
@@ -37,7 +37,7 @@ def learned(request: pytest.FixtureRequest) -> tuple[WorldModel, str]:
     th.manual_seed(0)
     model = WorldModel(3, 2, latent_dim=32, net_arch=[64, 64])
     optimizer = th.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(600):
+    for _ in range(500):
         obs, actions, rewards, terminations = linear_system(128, request.param)
         latents = model.rollout(model.encode(obs[:, 0]), actions)
         with th.no_grad():
@@ -60,7 +60,7 @@ def test_rewards_of_a_latent_rollout(learned: tuple[WorldModel, str]) -> None:
     for step in range(actions.shape[1]):
         rows = mask[:, step]
         error = F.mse_loss(predicted[rows, step], rewards[rows, step])
-        assert error < 0.1 * rewards[rows, step].var(), f"step {step}"
+        assert error < 0.15 * rewards[rows, step].var(), f"step {step}"
 
 
 @th.no_grad()

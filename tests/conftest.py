@@ -1,0 +1,36 @@
+"""What several test files share: a MODIP small enough to learn in a second."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch as th
+
+from modip_sb3 import MODIP
+
+SMALL_POLICY = {
+    "denoiser": "mlp",
+    "net_arch": {"pi": [16], "qf": [16]},
+    "latent_dim": 16,
+    "num_proposals": 4,
+    "num_inference_steps": 2,
+}
+SMALL_PLANNER = {"num_samples": 4, "num_elites": 2, "num_iterations": 1}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    th.set_num_threads(1)
+
+
+@pytest.fixture
+def make_model() -> Callable[..., MODIP]:
+    """``MODIP`` with tiny networks; arguments and single entries of the nested ones can be given."""
+
+    def make(env: Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> MODIP:
+        settings = {"batch_size": 8, "learning_starts": 10, "pretrain_steps": 5, "buffer_size": 1000, "seed": 0}
+        kwargs["policy_kwargs"] = SMALL_POLICY | kwargs.get("policy_kwargs", {})
+        kwargs["planner_kwargs"] = SMALL_PLANNER | kwargs.get("planner_kwargs", {})
+        return MODIP(policy, env, **(settings | kwargs))
+
+    return make
