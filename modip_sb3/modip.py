@@ -85,7 +85,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         buffer_size: int = 1_000_000,
         learning_starts: int = 100,
         batch_size: int = 256,
-        tau: float = 0.01,
+        tau: float = 0.02,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
         gradient_steps: int = 1,
@@ -93,7 +93,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         replay_buffer_class: type[SequenceReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
-        n_steps: int = 4,
+        n_steps: int = 16,
         offline_dataset: DatasetSource | None = None,
         pretrain_steps: int = 10_000,
         offline_fraction: float = 0.5,
@@ -101,7 +101,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         inference: ActingMode = "policy",
         planner_kwargs: dict[str, Any] | None = None,
         critic_target: Literal["v", "policy"] = "v",
-        td_lambda: float = 0.9,
+        td_lambda: float = 0.95,
         expectile: float = 0.7,
         rho: float = 0.5,
         distill_from: Literal["executed", "relabel", "both"] = "executed",
@@ -211,31 +211,33 @@ class MODIP(OfflineToOnlineAlgorithm):
         policy = self.policy
         flat_obs = map_obs(lambda obs: obs.flatten(0, 1), batch.observations)
         features = policy.features(flat_obs).unflatten(0, (len(batch.mask), -1))  # (B, L + 1, F)
-        weights, labels = batch.mask, None
+        weights, labels = batch.mask[:, : policy.action_horizon], None
         metrics: Metrics = {}
         if phase != "clone":
-            metrics, values = self._update_model_and_critics(batch, features)
+            metrics, advantages = self._update_model_and_critics(batch, features)
         if phase == "online":
             if self.distill_weighting == "advantage":
-                weights = weights * self._advantage_weights(batch, values)[:, None]
+                weights = weights * self._advantage_weights(advantages)[:, None]
             if self.distill_from != "executed":
                 labels = self._label_buffer
-        metrics.update(self._update_actor(batch, features[:, 0].detach(), weights, labels))
+        metrics.update(self._update_actor(batch.actions, features[:, 0].detach(), weights, labels))
         polyak_update(policy.actor.parameters(), policy.actor_ema.parameters(), self.actor_tau)
         return metrics
 
     def _update_model_and_critics(self, batch: SequenceBatch, features: th.Tensor) -> tuple[Metrics, th.Tensor]:
-        """World model, Q, V and their targets; also returns the target values of the data ``(B, L + 1)``."""
-        policy = self.policy
+        """World model, Q, V and their targets; also returns the advantages of the sequences' starts ``(B,)``."""
+        policy, horizon = self.policy, self.policy.horizon
         with th.no_grad():
             data_latents = policy.world_model.encode(features)  # (B, L + 1, Z)
             data_values = policy.value_target(data_latents).mean(0)
-        returns = self._compute_returns(batch, features.detach(), data_latents, data_values)
-        latents, metrics = self._update_model(batch, features, data_latents[:, 1:], returns)
-        metrics.update(self._update_value(batch, latents.detach()))
+        returns = self._compute_returns(batch, features.detach(), data_latents, data_values)  # (B, L)
+        steps = SequenceBatch(batch.observations, *(part[:, :horizon] for part in batch[1:]))
+        features, targets = features[:, 0], data_latents[:, 1 : horizon + 1]
+        latents, metrics = self._update_model(steps, features, targets, returns[:, :horizon])
+        metrics.update(self._update_value(steps, latents.detach()))
         polyak_update(policy.value.parameters(), policy.value_target.parameters(), self.tau)
         polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
-        return metrics, data_values
+        return metrics, returns[:, 0] - data_values[:, 0]
 
     @th.no_grad()
     def _compute_returns(
@@ -259,7 +261,7 @@ class MODIP(OfflineToOnlineAlgorithm):
     ) -> tuple[th.Tensor, Metrics]:
         """World model and Q, whose gradient reaches the encoder; returns the rollout's latents ``(B, L + 1, Z)``."""
         model, weights = self.policy.world_model, self._step_weights(batch.mask)
-        latents = model.rollout(model.encode(features[:, 0]), batch.actions)
+        latents = model.rollout(model.encode(features), batch.actions)
         loss, metrics = compute_world_model_loss(
             model, latents, target_latents, batch.actions, batch.rewards, batch.terminations, weights
         )
@@ -277,12 +279,11 @@ class MODIP(OfflineToOnlineAlgorithm):
         return metrics
 
     def _update_actor(
-        self, batch: SequenceBatch, features: th.Tensor, weights: th.Tensor, labels: LabelBuffer | None
+        self, actions: th.Tensor, features: th.Tensor, weights: th.Tensor, labels: LabelBuffer | None
     ) -> Metrics:
         """The denoising loss on the weighted chunks of the batch, on the planner's labels, or on both."""
-        policy, length = self.policy, self.policy.action_horizon
-        condition = policy.actor_condition(features)
-        chunks, weights = batch.actions[:, :length], weights[:, :length]
+        policy = self.policy
+        condition, chunks = policy.actor_condition(features), actions[:, : policy.action_horizon]
         if labels is not None:
             obs, label_chunks = labels.sample(len(chunks), self.device)
             label_condition, label_weights = policy.actor_condition(policy.features(obs)), th.ones_like(weights)
@@ -295,12 +296,8 @@ class MODIP(OfflineToOnlineAlgorithm):
         self._optimize(self.actor_optimizer, loss)
         return metrics
 
-    def _advantage_weights(self, batch: SequenceBatch, values: th.Tensor) -> th.Tensor:
-        """exp(β A / σ_A), A = Σ γ^t r + γ^L V(s_L) - V(s_0), clipped, with mean one ``(B,)`` (AWR, 1910.00177)."""
-        returns = compute_lambda_returns(
-            batch.rewards, values[:, 1:], batch.terminations, batch.mask, self.gamma, 1.0, self.sequence_length
-        )
-        advantages = returns[:, 0] - values[:, 0]
+    def _advantage_weights(self, advantages: th.Tensor) -> th.Tensor:
+        """exp(β A / σ_A) with A = G^λ - V(s), clipped, of mean one ``(B,)`` (advantage-weighted regression, 1910.00177)."""
         weights = th.exp(self.distill_beta * advantages / advantages.std().clamp(min=1e-6)).clamp(max=20.0)
         return weights / weights.mean()
 

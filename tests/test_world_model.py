@@ -88,7 +88,8 @@ def test_latents_follow_the_encoder_without_collapse(learned: tuple[WorldModel, 
 def make_loss_inputs(batch_size: int = 4, horizon: int = 3) -> tuple[WorldModel, dict[str, th.Tensor]]:
     th.manual_seed(0)
     model = WorldModel(3, 2, latent_dim=8, net_arch=[16])
-    th.nn.init.normal_(model.reward_head[-1].weight)
+    for head in (model.dynamics, model.reward_head):  # which start at zero
+        th.nn.init.normal_(head[-1].weight)
     inputs = {
         "latents": th.randn(batch_size, horizon + 1, 8),
         "target_latents": th.randn(batch_size, horizon, 8),
@@ -111,12 +112,17 @@ def test_untrained_heads_and_consistency_by_hand() -> None:
     targets[0, 1, 5] = 2.0
     weights = th.tensor([[1.0, 0.5]])
     terminations = th.tensor([[0.0, 1.0]])
+    rewards, coefs = th.tensor([[3.0, -7.0]]), (20.0, 0.1, 3.0)
     loss, metrics = compute_world_model_loss(
-        model, latents, targets, th.zeros(1, 2, 2), th.tensor([[3.0, -7.0]]), terminations, weights
+        model, latents, targets, th.zeros(1, 2, 2), rewards, terminations, weights, *coefs
     )
-    expected = {"consistency_loss": (1.0 + 0.5 * 4 / 8) / 1.5, "reward_loss": np.log(101), "termination_loss": np.log(2)}
+    expected = {
+        "consistency_loss": (1.0 + 0.5 * 4 / 8) / 1.5,
+        "reward_loss": np.log(101),
+        "termination_loss": np.log(2),
+    }
     assert {name: value.item() for name, value in metrics.items()} == pytest.approx(expected, rel=1e-5)
-    total = 20 * expected["consistency_loss"] + 0.1 * np.log(101) + np.log(2)
+    total = 20 * expected["consistency_loss"] + 0.1 * np.log(101) + 3 * np.log(2)
     assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
