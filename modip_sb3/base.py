@@ -1,5 +1,6 @@
 """What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
 
+from os import PathLike
 from abc import abstractmethod
 from typing import Any, Literal, TypeVar
 
@@ -91,6 +92,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         self.sequence_length = max(self.policy.action_horizon, self.n_steps)
         self._offline_buffer: SequenceReplayBuffer | None = None
         self._chunk_state: ChunkState | None = None
+        self._chunk_mode = self.rollout_with
         self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
 
     @property
@@ -102,7 +104,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         excluded = ["_offline_buffer", "_chunk_state", "_plan_tracker"]
-        if not isinstance(self.offline_dataset, str):
+        if not isinstance(self.offline_dataset, str | PathLike):
             excluded.append("offline_dataset")  # arrays do not belong in a model file; a path or an id does
         return super()._excluded_save_params() + excluded
 
@@ -149,6 +151,15 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
                     statistics[key].update(dataset.observations[key])
             else:
                 statistics.update(dataset.observations)
+        if vec_normalize is not None and vec_normalize.norm_reward and vec_normalize.training:
+            discounted = np.zeros(dataset.num_transitions)
+            following = 0.0
+            for step, (reward, start) in enumerate(
+                zip(dataset.rewards, np.roll(dataset.terminations | dataset.truncations, 1), strict=True)
+            ):
+                following = float(reward) + (0.0 if start else vec_normalize.gamma * following)
+                discounted[step] = following
+            vec_normalize.ret_rms.update(discounted)
         for start in range(0, dataset.num_transitions, 10_000):
             obs = map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
             self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))
@@ -202,6 +213,8 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             wrapped_callback.update_locals(locals())
             if not wrapped_callback.on_step():
                 break
+        if self._n_pretrain_updates % log_interval != 0:
+            self.logger.dump(step=self._n_pretrain_updates)
         wrapped_callback.on_training_end()
         return self
 
@@ -219,14 +232,16 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         """Plan, act, learn the model, distil; the offline phase comes first if there is data and none has been."""
         self._load_offline_data()
         if self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0:
-            self.pretrain(self.pretrain_steps, progress_bar=progress_bar)
+            self.pretrain(self.pretrain_steps, tb_log_name=tb_log_name, progress_bar=progress_bar)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         last_obs = self._last_obs
         result = super()._setup_learn(*args, **kwargs)
-        if self._chunk_state is None or self._last_obs is not last_obs:  # the environments were reset
+        new_mode = self._chunk_mode != self.rollout_with
+        if self._chunk_state is None or new_mode or self._last_obs is not last_obs:  # the environments were reset
             self._chunk_state = self.policy.initial_state(self.n_envs, self.rollout_with)
+            self._chunk_mode = self.rollout_with
             self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
         return result
 
@@ -243,9 +258,9 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         if plan is not None:
             self._plan_tracker.start(plan.value.cpu().numpy())
             self.logger.record_mean("rollout/plan_gain", (plan.value - plan.proposal_value).mean().item())
-        if action_noise is not None:
-            actions = np.clip(actions + action_noise(), -1, 1)
         scaled_actions = actions.reshape(n_envs, *self.action_space.shape)
+        if action_noise is not None:
+            scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
         return self.policy.unscale_action(scaled_actions), scaled_actions
 
     def _store_transition(

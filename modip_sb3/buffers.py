@@ -121,7 +121,9 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         """
         buffer = cls(2, observation_space, action_space, device)
         buffer.buffer_size = len(rewards)
-        buffer.observations = map_obs(lambda obs: obs[:, None], observations)
+        buffer.observations = map_obs(
+            lambda obs, empty: obs.reshape(-1, *empty.shape[1:]), observations, buffer.observations
+        )
         buffer.actions, buffer.rewards = actions[:, None], rewards[:, None]
         buffer.dones, buffer.timeouts = (terminations | truncations)[:, None], truncations[:, None]
         for episode, row in enumerate(np.flatnonzero(buffer.dones)):

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
 from modip_sb3.base import OfflineToOnlineAlgorithm
 from modip_sb3.policies import ActingMode
@@ -53,7 +54,11 @@ def evaluate(
     :param env_kwargs: keyword arguments of the environment
     :return: the evaluation, in the environment's own rewards
     """
-    env = make_vec_env(env_id, n_envs=min(n_envs, n_episodes), seed=seed, env_kwargs=env_kwargs)
+    env: VecEnv = make_vec_env(env_id, n_envs=min(n_envs, n_episodes), seed=seed, env_kwargs=env_kwargs)
+    statistics = model.get_vec_normalize_env()
+    if statistics is not None and statistics.norm_obs:
+        env = VecNormalize(env, training=False, norm_reward=False, norm_obs_keys=statistics.norm_obs_keys)
+        env.obs_rms, env.clip_obs, env.epsilon = statistics.obs_rms, statistics.clip_obs, statistics.epsilon
     previous = model.inference
     model.inference = inference
     try:
@@ -61,6 +66,6 @@ def evaluate(
             model, env, n_eval_episodes=n_episodes, deterministic=deterministic, return_episode_rewards=True
         )
     finally:
-        model.inference = previous
+        model.inference = model.policy.inference = previous
         env.close()
     return Evaluation(inference, np.asarray(returns), np.asarray(lengths))

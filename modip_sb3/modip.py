@@ -13,7 +13,7 @@ from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSource
-from modip_sb3.policies import ActingMode, MODIPPolicy
+from modip_sb3.policies import ActingMode, MODIPPolicy, check_choice
 from modip_sb3.world_model import compute_world_model_loss
 
 SEARCH_NEAR_THE_DATA = {"max_std": 0.05, "min_std": 0.05, "trust_region": 0.1}
@@ -149,6 +149,9 @@ class MODIP(OfflineToOnlineAlgorithm):
             rollout_with=rollout_with,
             inference=inference,
         )
+        check_choice("critic_target", critic_target, "v", "policy")
+        check_choice("distill_from", distill_from, "executed", "relabel", "both")
+        check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
         search = SEARCH_WIDELY if offline_dataset is None else SEARCH_NEAR_THE_DATA
         self.planner_kwargs = {**search, **(planner_kwargs or {})}
         self.critic_target = critic_target
@@ -168,8 +171,12 @@ class MODIP(OfflineToOnlineAlgorithm):
         super()._setup_model()
         self.policy.inference = self.inference
         self.policy.planner_kwargs = {"gamma": self.gamma, **self.planner_kwargs}
+        self.policy.check_planner()
         self._label_buffer = LabelBuffer(10_000)
         self._setup_optimizers()
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "_label_buffer"]
 
     def _setup_optimizers(self) -> None:
         policy = self.policy
@@ -199,7 +206,8 @@ class MODIP(OfflineToOnlineAlgorithm):
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers)
         for _ in range(gradient_steps):
-            if self.distill_from != "executed" and self._n_updates % self.relabel_freq == 0:
+            due = self._n_updates % self.relabel_freq == 0 or len(self._label_buffer) == 0
+            if self.distill_from != "executed" and due:
                 self._relabel(batch_size)
             metrics = self._update(self._sample_batch(batch_size), "online")
             self._n_updates += 1
@@ -296,9 +304,9 @@ class MODIP(OfflineToOnlineAlgorithm):
         self._optimize(self.actor_optimizer, loss)
         return metrics
 
-    def _advantage_weights(self, advantages: th.Tensor) -> th.Tensor:
-        """exp(β A / σ_A) with A = G^λ - V(s), clipped, of mean one ``(B,)`` (advantage-weighted regression, 1910.00177)."""
-        weights = th.exp(self.distill_beta * advantages / advantages.std().clamp(min=1e-6)).clamp(max=20.0)
+        """exp(β A / σ_A) with A = G^λ - V(s), centred, clipped, of mean one ``(B,)`` (AWR, arXiv:1910.00177)."""
+        centred = advantages - advantages.mean()  # else optimistic values would put every weight at the clip
+        weights = th.exp(self.distill_beta * centred / centred.std(correction=0).clamp(min=1e-6)).clamp(max=20.0)
         return weights / weights.mean()
 
     def _relabel(self, num_states: int) -> None:

@@ -50,6 +50,17 @@ def check_observation_space(observation_space: spaces.Space) -> None:
             raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
 
 
+def check_choice(name: str, value: Any, *choices: str) -> None:
+    """
+    :param name: of an argument
+    :param value: what was given
+    :param choices: what may be given
+    :raises ValueError: if it is none of them
+    """
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is unknown; choose from {list(choices)}.")
+
+
 def num_observations(obs: PyTorchObs) -> int:
     """
     :param obs: observations ``(B, *obs_shape)``, or a dictionary of them
@@ -139,8 +150,10 @@ class MODIPPolicy(BasePolicy):
                 f"n_action_steps={n_action_steps} and horizon={horizon} must lie between 1 and "
                 f"action_horizon={action_horizon}: a chunk is executed and planned from its start."
             )
-        if denoiser not in DEFAULT_NET_ARCH:
-            raise ValueError(f"denoiser={denoiser!r} is unknown; choose from {sorted(DEFAULT_NET_ARCH)}.")
+        check_choice("denoiser", denoiser, *DEFAULT_NET_ARCH)
+        check_choice("proposal", proposal, "diffusion", "gaussian")
+        check_choice("terminal_value", terminal_value, "v", "q")
+        check_choice("inference", inference, "policy", "planner")
         self.denoiser_name, self.proposal = denoiser, proposal
         self.net_arch = DEFAULT_NET_ARCH[denoiser] if net_arch is None else net_arch
         self.action_horizon, self.n_action_steps, self.horizon = action_horizon, n_action_steps, horizon
@@ -156,7 +169,7 @@ class MODIPPolicy(BasePolicy):
         self.action_dim = get_action_dim(action_space)
         self.chunk_shape = (action_horizon, self.action_dim)
         self._build()
-        self._make_planner(lambda latents: latents[:, None])  # checks planner_kwargs before anything is learned
+        self.check_planner()
 
     def _build(self) -> None:
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
@@ -268,6 +281,10 @@ class MODIPPolicy(BasePolicy):
                 return chunks.view(len(latents), self.num_proposals, *self.chunk_shape)[:, :, : self.horizon]
 
             return self._make_planner(propose).plan(self.world_model.encode(features), warm_start, deterministic)
+
+    def check_planner(self) -> None:
+        """Raise an error now, before anything is learned, if ``planner_kwargs`` are wrong."""
+        self._make_planner(lambda latents: latents[:, None])
 
     def _make_planner(self, propose: Any) -> MPPI:
         terminal_value = self.value if self.terminal_value == "v" else self._q_of_policy
