@@ -64,9 +64,10 @@ def run_seed(args: argparse.Namespace, seed: int, record: Record) -> None:
         seed=seed,
         tensorboard_log=str(args.output / "tensorboard"),
     )
-    model.pretrain(args.pretrain - args.bc_gap, progress_bar=True)
+    model.pretrain(args.pretrain, progress_bar=True)
+    model.pretrain(args.clone, clone_only=True, progress_bar=True)
     record("bc-before", evaluate(model, ENV_ID, args.episodes), 0, model._n_pretrain_updates)
-    model.pretrain(args.bc_gap, progress_bar=True)
+    model.pretrain(args.bc_gap, clone_only=True, progress_bar=True)
     record("bc", evaluate(model, ENV_ID, args.episodes), 0, model._n_pretrain_updates)
     model.save(args.output / f"{args.denoiser}-{seed}-bc")
 
@@ -145,7 +146,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--denoiser", choices=["mlp", "unet"], default="mlp")
     parser.add_argument("--dataset", default=DATASET, help="Minari id or folder, or D4RL-layout HDF5 file, of Hopper")
-    parser.add_argument("--pretrain", type=int, default=16_000, help="updates of the offline phase")
+    parser.add_argument("--pretrain", type=int, default=5000, help="updates of all networks in the offline phase")
+    parser.add_argument("--clone", type=int, default=7000, help="updates of the policy alone after them")
     parser.add_argument(
         "--bc-gap", type=int, default=4000, help="updates between two evaluations of BC that should agree"
     )
@@ -157,8 +159,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("runs/hopper"))
     args = parser.parse_args()
-    if args.pretrain <= args.bc_gap:
-        parser.error(f"--pretrain {args.pretrain} must be above --bc-gap {args.bc_gap}.")
+    if args.timesteps < args.eval_freq:
+        parser.error(f"--timesteps {args.timesteps} must be at least --eval-freq {args.eval_freq}: no curve otherwise.")
     args.output.mkdir(parents=True, exist_ok=True)
 
     rows: list[dict[str, Any]] = []

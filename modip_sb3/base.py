@@ -1,7 +1,7 @@
 """What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
 
-from os import PathLike
 from abc import abstractmethod
+from os import PathLike
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -21,6 +21,17 @@ from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
 Phase = Literal["clone", "offline", "online"]
+
+
+def _discounted_sums(dataset: OfflineDataset, gamma: float) -> np.ndarray:
+    """The running sums of rewards by whose variance VecNormalize scales them ``(N,)``."""
+    sums, ended = np.zeros(dataset.num_transitions), dataset.terminations | dataset.truncations
+    running = 0.0
+    for step, reward in enumerate(dataset.rewards):
+        running = gamma * running + float(reward)
+        sums[step] = running
+        running *= not ended[step]
+    return sums
 
 
 class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
@@ -152,14 +163,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             else:
                 statistics.update(dataset.observations)
         if vec_normalize is not None and vec_normalize.norm_reward and vec_normalize.training:
-            discounted = np.zeros(dataset.num_transitions)
-            following = 0.0
-            for step, (reward, start) in enumerate(
-                zip(dataset.rewards, np.roll(dataset.terminations | dataset.truncations, 1), strict=True)
-            ):
-                following = float(reward) + (0.0 if start else vec_normalize.gamma * following)
-                discounted[step] = following
-            vec_normalize.ret_rms.update(discounted)
+            vec_normalize.ret_rms.update(_discounted_sums(dataset, vec_normalize.gamma))
         for start in range(0, dataset.num_transitions, 10_000):
             obs = map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
             self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))

@@ -10,7 +10,11 @@ from diffusers import SchedulerMixin, UNet1DModel
 from diffusers.models.embeddings import Timesteps
 from torch import nn
 
-DEFAULT_SCHEDULER_KWARGS: dict[str, Any] = {"num_train_timesteps": 20, "beta_schedule": "squaredcos_cap_v2"}
+DEFAULT_SCHEDULER_KWARGS: dict[str, Any] = {
+    "num_train_timesteps": 20,
+    "beta_schedule": "squaredcos_cap_v2",
+    "timestep_spacing": "trailing",  # sampling starts at the last timestep, where training has seen pure noise
+}
 
 
 def _replace_mish(module: Any) -> None:
@@ -139,18 +143,37 @@ class MLPDenoiser(nn.Module):
         return self.output(hidden).view_as(noisy_actions)
 
 
-def make_scheduler(name: str, scheduler_kwargs: dict[str, Any]) -> Any:
+def scheduler_class(name: str) -> Any:
     """
     :param name: class name of a diffusers scheduler
-    :param scheduler_kwargs: its arguments; those that this class does not know are left out, so that the training and
-        the sampling scheduler can share one noise schedule
-    :return: the scheduler
+    :return: the class
     """
-    scheduler_class = getattr(diffusers, name, None)
-    if not (inspect.isclass(scheduler_class) and issubclass(scheduler_class, SchedulerMixin)):
+    found = getattr(diffusers, name, None)
+    if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{name!r} is not a scheduler of diffusers; expected a class name such as 'DDIMScheduler'.")
-    known = inspect.signature(scheduler_class.__init__).parameters
-    return scheduler_class(**{key: value for key, value in scheduler_kwargs.items() if key in known})
+    return found
+
+
+def make_schedulers(names: Sequence[str], scheduler_kwargs: dict[str, Any]) -> list[Any]:
+    """
+    Schedulers that share one noise schedule.
+
+    :param names: class names of diffusers schedulers
+    :param scheduler_kwargs: arguments over ``DEFAULT_SCHEDULER_KWARGS``; each scheduler gets those that it knows
+    :return: the schedulers
+    """
+    classes = [scheduler_class(name) for name in names]
+    known = [inspect.signature(cls.__init__).parameters for cls in classes]
+    unknown = [key for key in scheduler_kwargs if not any(key in parameters for parameters in known)]
+    if unknown:
+        raise ValueError(f"scheduler_kwargs {unknown} are arguments of none of {list(names)}; check their spelling.")
+    schedulers = []
+    for cls, parameters in zip(classes, known, strict=True):
+        # Estimates of the clean actions must stay in [-1, 1]: DDPM and DDIM clip them, DPM-Solver thresholds them
+        clipping = {} if "clip_sample" in parameters else {"thresholding": True}
+        merged = {**DEFAULT_SCHEDULER_KWARGS, **clipping, **scheduler_kwargs}
+        schedulers.append(cls(**{key: value for key, value in merged.items() if key in parameters}))
+    return schedulers
 
 
 class DiffusionModel(nn.Module):
@@ -176,11 +199,11 @@ class DiffusionModel(nn.Module):
         num_inference_steps: int = 5,
     ):
         super().__init__()
-        scheduler_kwargs = {**DEFAULT_SCHEDULER_KWARGS, **(scheduler_kwargs or {})}
         self.denoiser = denoiser
         self.chunk_shape = chunk_shape
-        self.train_scheduler = make_scheduler(train_scheduler, scheduler_kwargs)
-        self.sample_scheduler = make_scheduler(sample_scheduler, scheduler_kwargs)
+        self.train_scheduler, self.sample_scheduler = make_schedulers(
+            (train_scheduler, sample_scheduler), scheduler_kwargs or {}
+        )
         num_train_timesteps = self.train_scheduler.config.num_train_timesteps
         if not 1 <= num_inference_steps <= num_train_timesteps:
             raise ValueError(

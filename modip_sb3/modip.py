@@ -304,6 +304,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         self._optimize(self.actor_optimizer, loss)
         return metrics
 
+    def _advantage_weights(self, advantages: th.Tensor) -> th.Tensor:
         """exp(β A / σ_A) with A = G^λ - V(s), centred, clipped, of mean one ``(B,)`` (AWR, arXiv:1910.00177)."""
         centred = advantages - advantages.mean()  # else optimistic values would put every weight at the clip
         weights = th.exp(self.distill_beta * centred / centred.std(correction=0).clamp(min=1e-6)).clamp(max=20.0)

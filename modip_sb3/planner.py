@@ -95,9 +95,9 @@ class MPPI:
         elites, elite_values = self._select_elites(proposals, proposal_values)
         best, best_value = elites[:, 0], elite_values[:, 0]
         mean, std = self._fit(elites, elite_values)
-        if warm_start is not None:
-            mean = th.where(warm_start.isnan(), mean, warm_start)
         if self.num_samples > 0 and self.num_iterations > 0:
+            if warm_start is not None:
+                mean = th.where(warm_start.isnan(), mean, warm_start)
             std = th.full_like(mean, self.max_std)
             for _ in range(self.num_iterations):
                 samples = mean[:, None] + std[:, None] * self._noise(mean, self.num_samples, generator)

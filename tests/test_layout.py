@@ -71,7 +71,8 @@ def test_files_and_functions_are_short(path: Path) -> None:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             body = node.body[1:] if ast.get_docstring(node) is not None else node.body  # the signature is not counted
             length = sum(n in lines for n in range(body[0].lineno, (body[-1].end_lineno or 0) + 1)) if body else 0
-            assert length <= (60 if node.name == "train" else 40), f"{node.name} has {length} lines of code"
+            longest = 60 if node.name in ("train", "__init__") else 40  # a constructor keeps every argument
+            assert length <= longest, f"{node.name} has {length} lines of code"
 
 
 @per_file
