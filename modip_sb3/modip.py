@@ -16,8 +16,9 @@ from modip_sb3.datasets import DatasetSource
 from modip_sb3.policies import ActingMode, MODIPPolicy, check_choice
 from modip_sb3.world_model import compute_world_model_loss
 
-SEARCH_NEAR_THE_DATA = {"max_std": 0.05, "min_std": 0.05, "trust_region": 0.1}
-SEARCH_WIDELY = {"max_std": 1.0, "min_std": 0.1, "num_samples": 48}
+# With data the model is trusted only between the policy's own proposals: the best of them, without refinement
+RANK_PROPOSALS = {"num_samples": 0, "num_elites": 1, "min_std": 0.02, "max_std": 0.02}
+SEARCH_WIDELY = {"num_samples": 48, "min_std": 0.1, "max_std": 1.0}
 
 
 class MODIP(OfflineToOnlineAlgorithm):
@@ -49,8 +50,8 @@ class MODIP(OfflineToOnlineAlgorithm):
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
     :param inference: what ``predict()`` uses, "policy" or "planner"
-    :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the search stays near the policy's
-        proposals when there is offline data and is wide otherwise
+    :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the best of the policy's proposals
+        is taken where there is offline data, and the search is wide otherwise
     :param critic_target: "v" for r + γV(s'), or "policy" for r + γQ(s', π(s'))
     :param td_lambda: λ of the critics' targets
     :param expectile: τ of the state value; towards 1 it takes the best action in the data for granted
@@ -152,7 +153,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         check_choice("critic_target", critic_target, "v", "policy")
         check_choice("distill_from", distill_from, "executed", "relabel", "both")
         check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
-        search = SEARCH_WIDELY if offline_dataset is None else SEARCH_NEAR_THE_DATA
+        search = SEARCH_WIDELY if offline_dataset is None else RANK_PROPOSALS
         self.planner_kwargs = {**search, **(planner_kwargs or {})}
         self.critic_target = critic_target
         self.td_lambda = td_lambda
