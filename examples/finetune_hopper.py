@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument(
         "--bc-gap", type=int, default=4000, help="updates between two evaluations of BC that should agree"
     )
-    parser.add_argument("--timesteps", type=int, default=10_000, help="environment steps of fine-tuning")
+    parser.add_argument("--timesteps", type=int, default=7500, help="environment steps of fine-tuning")
     parser.add_argument("--episodes", type=int, default=20, help="episodes of each evaluation in the table")
     parser.add_argument("--curve-episodes", type=int, default=10, help="episodes of each evaluation in the curves")
     parser.add_argument(

@@ -1,5 +1,6 @@
 """What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
 
+import warnings
 from abc import abstractmethod
 from os import PathLike
 from typing import Any, Literal, TypeVar
@@ -208,7 +209,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         for optimizer in self._optimizers:
             self._set_learning_rate(optimizer, self.lr_schedule(1))
         for _ in tqdm(range(total_updates), desc="pretrain", disable=not progress_bar):
-            metrics = self._update(self._sample_batch(self.batch_size), "clone" if clone_only else "offline")
+            metrics = self._update(self._sample_offline(self.batch_size), "clone" if clone_only else "offline")
             self._n_pretrain_updates += 1
             for name, value in metrics.items():
                 self.logger.record_mean(f"pretrain/{name}", value.item())
@@ -235,6 +236,12 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     ) -> SelfOfflineToOnline:
         """Plan, act, learn the model, distil; the offline phase comes first if there is data and none has been."""
         self._load_offline_data()
+        if self.offline_dataset is None and self._n_pretrain_updates > 0:
+            warnings.warn(
+                "This model was pretrained on arrays, which its file does not hold: it goes on with online data alone. "
+                "Pass offline_dataset to load() to go on with both.",
+                stacklevel=2,
+            )
         if self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0:
             self.pretrain(self.pretrain_steps, tb_log_name=tb_log_name, progress_bar=progress_bar)
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
@@ -279,7 +286,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         assert self._chunk_state is not None
         self._chunk_state[1][dones] = -1  # what is left of a chunk or a plan ends with its episode
-        if self.offline_dataset is None:
+        if self._n_pretrain_updates == 0:
             self._update_normalizer(new_obs)
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         self._plan_tracker.step(reward, dones & ~truncated, truncated)
@@ -307,16 +314,21 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
+    def _sample_offline(self, batch_size: int) -> SequenceBatch:
+        assert self._offline_buffer is not None
+        return self._offline_buffer.sample_sequences(batch_size, self.sequence_length, self._vec_normalize_env)
+
     def _sample_batch(self, batch_size: int) -> SequenceBatch:
         """Offline and online sequences in one batch; either alone while the other is missing."""
-        length, vec_normalize = self.sequence_length, self._vec_normalize_env
-        if self._offline_buffer is None:
-            return self.replay_buffer.sample_sequences(batch_size, length, vec_normalize)
-        num_online = round(batch_size * (1 - self.offline_fraction)) if self.replay_buffer.size() > 0 else 0
-        offline = self._offline_buffer.sample_sequences(batch_size - num_online, length, vec_normalize)
+        num_online = batch_size
+        if self._offline_buffer is not None:
+            num_online = round(batch_size * (1 - self.offline_fraction)) if self.replay_buffer.size() > 0 else 0
         if num_online == 0:
-            return offline
-        online = self.replay_buffer.sample_sequences(num_online, length, vec_normalize)
+            return self._sample_offline(batch_size)
+        online = self.replay_buffer.sample_sequences(num_online, self.sequence_length, self._vec_normalize_env)
+        if num_online == batch_size:
+            return online
+        offline = self._sample_offline(batch_size - num_online)
         return SequenceBatch(
             *(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(offline, online, strict=True))
         )

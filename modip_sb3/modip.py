@@ -107,7 +107,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         rho: float = 0.5,
         distill_from: Literal["executed", "relabel", "both"] = "executed",
         distill_weighting: Literal["advantage", "uniform"] = "advantage",
-        distill_beta: float = 2.0,
+        distill_beta: float = 1.0,
         relabel_freq: int = 50,
         actor_tau: float = 0.005,
         max_grad_norm: float = 20.0,

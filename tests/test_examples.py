@@ -25,13 +25,15 @@ def test_own_data(tmp_path: Path) -> None:
 
 
 def test_finetune_hopper(tmp_path: Path) -> None:
-    budget = "--pretrain 6 --clone 4 --bc-gap 2 --timesteps 110 --episodes 2 --curve-episodes 1 --eval-freq 50 --output out"
+    budget = (
+        "--pretrain 6 --clone 4 --bc-gap 2 --timesteps 110 --episodes 2 --curve-episodes 1 --eval-freq 50 --output out"
+    )
     printed = run_example("finetune_hopper.py", tmp_path, *budget.split())
     with open(tmp_path / "out" / "mlp.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["inference"], row["env_steps"], row["updates"]) for row in rows] == [
-        ("bc-before", "policy", "0", "4"),
-        ("bc", "policy", "0", "6"),
+        ("bc-before", "policy", "0", "10"),
+        ("bc", "policy", "0", "12"),
         ("curve", "policy", "50", "0"),
         ("curve", "planner", "50", "0"),
         ("curve", "policy", "100", "0"),
