@@ -20,7 +20,6 @@ from modip_sb3.planner import PlanTracker
 from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
-ONLINE_PREFERENCE = 4  # how much likelier an online sequence is drawn than an offline one, while the share still grows
 Metrics = dict[str, th.Tensor]
 Phase = Literal["clone", "offline", "online"]
 
@@ -46,7 +45,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     :param args: arguments of :class:`OffPolicyAlgorithm`
     :param offline_dataset: Minari id or folder, D4RL-layout HDF5 file, arrays or an :class:`OfflineDataset`
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
-    :param offline_fraction: least share of offline sequences in an online batch; the online share grows to the rest
+    :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
     :param inference: what ``predict()`` uses, "policy" or "planner"
     :param kwargs: keyword arguments of :class:`OffPolicyAlgorithm`
@@ -323,9 +322,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         """Offline and online sequences in one batch; either alone while the other is missing."""
         num_online = batch_size
         if self._offline_buffer is not None:
-            favoured = ONLINE_PREFERENCE * self.replay_buffer.size() * self.n_envs
-            online_share = favoured / (favoured + self._offline_buffer.size())
-            num_online = round(batch_size * min(online_share, 1 - self.offline_fraction))
+            num_online = round(batch_size * (1 - self.offline_fraction)) if self.replay_buffer.size() > 0 else 0
         if num_online == 0:
             return self._sample_offline(batch_size)
         online = self.replay_buffer.sample_sequences(num_online, self.sequence_length, self._vec_normalize_env)

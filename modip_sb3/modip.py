@@ -47,7 +47,7 @@ class MODIP(OfflineToOnlineAlgorithm):
     :param n_steps: rewards that the λ-returns look at before they bootstrap; 1 is the one-step TD target
     :param offline_dataset: Minari id or folder, D4RL-layout HDF5 file, arrays or an :class:`OfflineDataset`
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
-    :param offline_fraction: least share of offline sequences in an online batch; the online share grows to the rest
+    :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
     :param inference: what ``predict()`` uses, "policy" or "planner"
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the best of the policy's proposals
