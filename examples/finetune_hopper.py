@@ -71,8 +71,6 @@ def run_seed(args: argparse.Namespace, seed: int, record: Record) -> None:
     record("bc", evaluate(model, ENV_ID, args.episodes), 0, model._n_pretrain_updates)
     model.save(args.output / f"{args.denoiser}-{seed}-bc")
 
-    for inference in MODES:
-        record("curve", evaluate(model, ENV_ID, args.curve_episodes, inference), 0, 0)
     callback = EvaluationCallback(args.eval_freq, args.curve_episodes, record)
     model.learn(args.timesteps, callback=callback, progress_bar=True)
     model.save(args.output / f"{args.denoiser}-{seed}-modip")

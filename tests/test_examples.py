@@ -34,8 +34,6 @@ def test_finetune_hopper(tmp_path: Path) -> None:
     assert [(row["stage"], row["inference"], row["env_steps"], row["updates"]) for row in rows] == [
         ("bc-before", "policy", "0", "10"),
         ("bc", "policy", "0", "12"),
-        ("curve", "policy", "0", "0"),
-        ("curve", "planner", "0", "0"),
         ("curve", "policy", "50", "0"),
         ("curve", "planner", "50", "0"),
         ("curve", "policy", "100", "0"),
