@@ -17,7 +17,7 @@ from tqdm import tqdm
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.datasets import DatasetSource, OfflineDataset
 from modip_sb3.planner import PlanTracker
-from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
+from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy, check_choice
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
@@ -69,9 +69,8 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         super().__init__(*args, **kwargs)
         if not 0 <= offline_fraction <= 1:
             raise ValueError(f"offline_fraction={offline_fraction} is not between 0 and 1.")
-        for name, mode in (("rollout_with", rollout_with), ("inference", inference)):
-            if mode not in ("policy", "planner"):
-                raise ValueError(f"{name}={mode!r} is unknown; choose 'policy' or 'planner'.")
+        check_choice("rollout_with", rollout_with, "policy", "planner")
+        check_choice("inference", inference, "policy", "planner")
         self.offline_dataset = offline_dataset
         self.pretrain_steps = pretrain_steps
         self.offline_fraction = offline_fraction

@@ -18,6 +18,7 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from modip_sb3.buffers import map_obs
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.diffusion import DiffusionModel, GaussianModel, MLPDenoiser, UNetDenoiser
 from modip_sb3.networks import RunningNormalizer
@@ -317,9 +318,8 @@ class MODIPPolicy(BasePolicy):
         used_up = (position < 0) | (position >= self.n_action_steps)
         if used_up.any():
             index = th.as_tensor(np.flatnonzero(used_up), device=self.device)
-            some_obs = {key: value[index] for key, value in obs.items()} if isinstance(obs, dict) else obs[index]
             with th.no_grad():
-                condition = self.actor_condition(self.features(some_obs))
+                condition = self.actor_condition(self.features(map_obs(lambda part: part[index], obs)))
             chunks[used_up] = self.sample_chunks(condition, deterministic).cpu().numpy()
             position[used_up] = 0
         actions = chunks[np.arange(len(position)), position]
