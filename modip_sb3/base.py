@@ -15,9 +15,10 @@ from stable_baselines3.common.utils import configure_logger, obs_as_tensor
 from tqdm import tqdm
 
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
+from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.datasets import DatasetSource, OfflineDataset
 from modip_sb3.planner import PlanTracker
-from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy, check_choice
+from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
@@ -67,8 +68,9 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        if not 0 <= offline_fraction <= 1:
-            raise ValueError(f"offline_fraction={offline_fraction} is not between 0 and 1.")
+        check_at_least(1, batch_size=self.batch_size, n_steps=self.n_steps)
+        check_at_least(0, pretrain_steps=pretrain_steps)
+        check_fraction(gamma=self.gamma, tau=self.tau, offline_fraction=offline_fraction)
         check_choice("rollout_with", rollout_with, "policy", "planner")
         check_choice("inference", inference, "policy", "planner")
         self.offline_dataset = offline_dataset
@@ -207,8 +209,10 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         self.policy.set_training_mode(True)
         for optimizer in self._optimizers:
             self._set_learning_rate(optimizer, self.lr_schedule(1))
+        phase: Phase = "clone" if clone_only else "offline"
+        length = self.policy.action_horizon if clone_only else self.sequence_length
         for _ in tqdm(range(total_updates), desc="pretrain", disable=not progress_bar):
-            metrics = self._update(self._sample_offline(self.batch_size), "clone" if clone_only else "offline")
+            metrics = self._update(self._sample_offline(self.batch_size, length), phase)
             self._n_pretrain_updates += 1
             for name, value in metrics.items():
                 self.logger.record_mean(f"pretrain/{name}", value.item())
@@ -313,9 +317,9 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
-    def _sample_offline(self, batch_size: int) -> SequenceBatch:
+    def _sample_offline(self, batch_size: int, length: int) -> SequenceBatch:
         assert self._offline_buffer is not None
-        return self._offline_buffer.sample_sequences(batch_size, self.sequence_length, self._vec_normalize_env)
+        return self._offline_buffer.sample_sequences(batch_size, length, self._vec_normalize_env)
 
     def _sample_batch(self, batch_size: int) -> SequenceBatch:
         """Offline and online sequences in one batch; either alone while the other is missing."""
@@ -323,11 +327,11 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         if self._offline_buffer is not None:
             num_online = round(batch_size * (1 - self.offline_fraction)) if self.replay_buffer.size() > 0 else 0
         if num_online == 0:
-            return self._sample_offline(batch_size)
+            return self._sample_offline(batch_size, self.sequence_length)
         online = self.replay_buffer.sample_sequences(num_online, self.sequence_length, self._vec_normalize_env)
         if num_online == batch_size:
             return online
-        offline = self._sample_offline(batch_size - num_online)
+        offline = self._sample_offline(batch_size - num_online, self.sequence_length)
         return SequenceBatch(
             *(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(offline, online, strict=True))
         )

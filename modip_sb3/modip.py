@@ -11,9 +11,10 @@ from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
+from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSource
-from modip_sb3.policies import ActingMode, MODIPPolicy, check_choice
+from modip_sb3.policies import ActingMode, MODIPPolicy
 from modip_sb3.world_model import compute_world_model_loss
 
 # With data the model is trusted only between the policy's own proposals: the best of them, without refinement
@@ -34,7 +35,7 @@ class MODIP(OfflineToOnlineAlgorithm):
     :param env: the environment, or its Gymnasium id
     :param learning_rate: of all networks (the encoder learns at 0.3 of it, as in TD-MPC2), or a schedule
     :param buffer_size: transitions of online experience that are kept
-    :param learning_starts: random environment steps before learning; none are taken after an offline phase
+    :param learning_starts: environment steps before learning; random ones unless there was an offline phase
     :param batch_size: sequences in a batch
     :param tau: rate at which the critics' targets follow
     :param gamma: discount factor
@@ -107,7 +108,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         rho: float = 0.5,
         distill_from: Literal["executed", "relabel", "both"] = "executed",
         distill_weighting: Literal["advantage", "uniform"] = "advantage",
-        distill_beta: float = 1.0,
+        distill_beta: float = 2.0,
         relabel_freq: int = 50,
         actor_tau: float = 0.005,
         max_grad_norm: float = 20.0,
@@ -150,6 +151,9 @@ class MODIP(OfflineToOnlineAlgorithm):
             rollout_with=rollout_with,
             inference=inference,
         )
+        check_at_least(1, relabel_freq=relabel_freq)
+        check_at_least(0, distill_beta=distill_beta, max_grad_norm=max_grad_norm)
+        check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho, actor_tau=actor_tau)
         check_choice("critic_target", critic_target, "v", "policy")
         check_choice("distill_from", distill_from, "executed", "relabel", "both")
         check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
@@ -173,6 +177,11 @@ class MODIP(OfflineToOnlineAlgorithm):
         self.policy.inference = self.inference
         self.policy.planner_kwargs = {"gamma": self.gamma, **self.planner_kwargs}
         self.policy.check_planner()
+        if self.distill_from != "executed" and self.policy.horizon != self.policy.action_horizon:
+            raise ValueError(
+                f"distill_from={self.distill_from!r} clones plans of horizon={self.policy.horizon} actions as chunks of "
+                f"action_horizon={self.policy.action_horizon}: set both to the same length in policy_kwargs."
+            )
         self._label_buffer = LabelBuffer(10_000)
         self._setup_optimizers()
 

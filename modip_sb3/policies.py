@@ -8,7 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
+from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from modip_sb3.buffers import map_obs
+from modip_sb3.checks import check_at_least, check_choice, check_observation_space
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.diffusion import DiffusionModel, GaussianModel, MLPDenoiser, UNetDenoiser
 from modip_sb3.networks import RunningNormalizer
@@ -32,34 +33,6 @@ DEFAULT_NET_ARCH: dict[str, dict[str, list[int]]] = {
     "unet": {"pi": [32], "qf": [128, 128]},
     "mlp": {"pi": [256, 256, 256], "qf": [128, 128]},
 }
-
-
-def check_observation_space(observation_space: spaces.Space) -> None:
-    """
-    :param observation_space: the environment's observation space
-    :raises ValueError: for images and for nested dictionaries
-    """
-    members = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
-    for key, space in members.items():
-        name = f"Observation {key!r}" if key else "The observation"
-        if is_image_space(space) or (isinstance(space, spaces.Box) and len(space.shape) >= 3):
-            raise ValueError(
-                f"{name} is an image ({space}), but MODIP plans on state observations; encode the image into a vector "
-                "in an observation wrapper first."
-            )
-        if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-            raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
-
-
-def check_choice(name: str, value: Any, *choices: str) -> None:
-    """
-    :param name: of an argument
-    :param value: what was given
-    :param choices: what may be given
-    :raises ValueError: if it is none of them
-    """
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; choose from {list(choices)}.")
 
 
 def num_observations(obs: PyTorchObs) -> int:
@@ -151,6 +124,7 @@ class MODIPPolicy(BasePolicy):
                 f"n_action_steps={n_action_steps} and horizon={horizon} must lie between 1 and "
                 f"action_horizon={action_horizon}: a chunk is executed and planned from its start."
             )
+        check_at_least(1, num_proposals=num_proposals, n_critics=n_critics)
         check_choice("denoiser", denoiser, *DEFAULT_NET_ARCH)
         check_choice("proposal", proposal, "diffusion", "gaussian")
         check_choice("terminal_value", terminal_value, "v", "q")

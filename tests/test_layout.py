@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modip_sb3"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BLOCKS = {"networks"}
+BLOCKS = {"networks", "checks"}
 PARTS = {"diffusion", "world_model", "critics", "planner", "buffers", "datasets"}
 ON_THE_PARTS = {"policies", "base", "modip", "checkpoint", "baselines", "envs"}
 ON_TOP = {"evaluation", "benchmark", "zoo", "__init__"}
