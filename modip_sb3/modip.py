@@ -179,7 +179,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         self.policy.check_planner()
         if self.distill_from != "executed" and self.policy.horizon != self.policy.action_horizon:
             raise ValueError(
-                f"distill_from={self.distill_from!r} clones plans of horizon={self.policy.horizon} actions as chunks of "
+                f"distill_from={self.distill_from!r} clones plans of horizon={self.policy.horizon} as chunks of "
                 f"action_horizon={self.policy.action_horizon}: set both to the same length in policy_kwargs."
             )
         self._label_buffer = LabelBuffer(10_000)
