@@ -1,8 +1,9 @@
 """What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
 
+import math
 import warnings
 from abc import abstractmethod
-from os import PathLike
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_fraction
-from modip_sb3.datasets import DatasetSource, OfflineDataset
+from modip_sb3.datasets import DatasetSources, OfflineDataset, holds_no_data, load_sources
 from modip_sb3.planner import PlanTracker
 from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
 
@@ -36,6 +37,19 @@ def _discounted_sums(dataset: OfflineDataset, gamma: float) -> np.ndarray:
     return sums
 
 
+def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
+    if len(batches) == 1:
+        return batches[0]
+    return SequenceBatch(*(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(*batches, strict=True)))
+
+
+def _obs_blocks(datasets: Sequence[OfflineDataset]) -> Iterator[Any]:
+    """All observations, some thousand at a time: statistics of the whole would need as much memory again."""
+    for dataset in datasets:
+        for start in range(0, dataset.num_transitions, 10_000):
+            yield map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
+
+
 class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     """
     An off-policy algorithm with an offline phase, sequence batches from offline and online data, and a policy that
@@ -44,7 +58,8 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     A subclass names its optimisers and implements :meth:`_update`.
 
     :param args: arguments of :class:`OffPolicyAlgorithm`
-    :param offline_dataset: Minari id or folder, D4RL-layout HDF5 file, arrays or an :class:`OfflineDataset`
+    :param offline_dataset: what :meth:`OfflineDataset.load` takes: a Minari id or folder, a D4RL or robomimic file, an
+        SB3 replay buffer, arrays; options beside it; or a list of them, with weights (see :func:`load_sources`)
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
@@ -60,7 +75,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     def __init__(
         self,
         *args: Any,
-        offline_dataset: DatasetSource | None,
+        offline_dataset: DatasetSources | None,
         pretrain_steps: int,
         offline_fraction: float,
         rollout_with: ActingMode,
@@ -103,7 +118,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         super()._setup_model()
         self.n_steps = n_steps
         self.sequence_length = max(self.policy.action_horizon, self.n_steps)
-        self._offline_buffer: SequenceReplayBuffer | None = None
+        self._offline_buffers: list[SequenceReplayBuffer] = []  # one for each source
         self._chunk_state: ChunkState | None = None
         self._chunk_mode = self.rollout_with
         self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
@@ -116,9 +131,9 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         return ["policy", *self.optimizer_names], []
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["_offline_buffer", "_chunk_state", "_plan_tracker"]
-        if not isinstance(self.offline_dataset, str | PathLike):
-            excluded.append("offline_dataset")  # arrays do not belong in a model file; a path or an id does
+        excluded = ["_offline_buffers", "_offline_shares", "_chunk_state", "_plan_tracker"]
+        if not holds_no_data(self.offline_dataset):
+            excluded.append("offline_dataset")  # arrays do not belong in a model file; paths, ids and weights do
         return super()._excluded_save_params() + excluded
 
     def predict(
@@ -136,14 +151,24 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
 
     def _load_offline_data(self) -> None:
         """Load, check and scale the offline data, once, and fit the policy's normaliser to it."""
-        if self.offline_dataset is None or self._offline_buffer is not None:
+        if self.offline_dataset is None or self._offline_buffers:
             return
-        dataset = OfflineDataset.load(self.offline_dataset)
-        dataset.check(self.observation_space, self.action_space, min_length=self.policy.action_horizon)
-        actions = self.policy.scale_action(dataset.actions).astype(np.float32, copy=False)
-        self._offline_buffer = SequenceReplayBuffer.from_episodes(
+        datasets, weights = zip(*load_sources(self.offline_dataset), strict=True)
+        for dataset in datasets:
+            dataset.check(self.observation_space, self.action_space, min_length=self.policy.action_horizon)
+        self._offline_buffers = [self._buffer_of(dataset) for dataset in datasets]
+        self._offline_shares = np.array(weights) / sum(weights)
+        if self._n_pretrain_updates == 0:
+            self._fit_normalizers(datasets)
+
+    def _buffer_of(self, dataset: OfflineDataset) -> SequenceReplayBuffer:
+        actions = np.empty((dataset.num_transitions, math.prod(self.action_space.shape)), np.float32)
+        for start in range(0, len(actions), 10_000):
+            block = self.policy.scale_action(dataset.actions[start : start + 10_000])
+            actions[start : start + 10_000] = block.reshape(len(block), -1)
+        return SequenceReplayBuffer.from_episodes(
             dataset.observations,
-            actions.reshape(len(actions), -1),
+            actions,
             dataset.rewards,
             dataset.terminations,
             dataset.truncations,
@@ -152,22 +177,21 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             self.action_space,
             self.device,
         )
-        if self._n_pretrain_updates == 0:
-            self._fit_normalizers(dataset)
 
-    def _fit_normalizers(self, dataset: OfflineDataset) -> None:
+    def _fit_normalizers(self, datasets: Sequence[OfflineDataset]) -> None:
         vec_normalize = self._vec_normalize_env
         if vec_normalize is not None and vec_normalize.norm_obs and vec_normalize.training:
             statistics: Any = vec_normalize.obs_rms  # one for each normalised key of Dict observations
-            if isinstance(dataset.observations, dict):
-                for key in vec_normalize.norm_obs_keys or []:
-                    statistics[key].update(dataset.observations[key])
-            else:
-                statistics.update(dataset.observations)
+            for obs in _obs_blocks(datasets):
+                if isinstance(obs, dict):
+                    for key in vec_normalize.norm_obs_keys or []:
+                        statistics[key].update(obs[key])
+                else:
+                    statistics.update(obs)
         if vec_normalize is not None and vec_normalize.norm_reward and vec_normalize.training:
-            vec_normalize.ret_rms.update(_discounted_sums(dataset, vec_normalize.gamma))
-        for start in range(0, dataset.num_transitions, 10_000):
-            obs = map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
+            for dataset in datasets:
+                vec_normalize.ret_rms.update(_discounted_sums(dataset, vec_normalize.gamma))
+        for obs in _obs_blocks(datasets):
             self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))
 
     def _update_normalizer(self, obs: Any) -> None:
@@ -318,13 +342,20 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
     def _sample_offline(self, batch_size: int, length: int) -> SequenceBatch:
-        assert self._offline_buffer is not None
-        return self._offline_buffer.sample_sequences(batch_size, length, self._vec_normalize_env)
+        """From each source as many as its share says, on average."""
+        counts = np.random.multinomial(batch_size, self._offline_shares)
+        return _concatenate(
+            [
+                buffer.sample_sequences(count, length, self._vec_normalize_env)
+                for buffer, count in zip(self._offline_buffers, counts, strict=True)
+                if count > 0
+            ]
+        )
 
     def _sample_batch(self, batch_size: int) -> SequenceBatch:
         """Offline and online sequences in one batch; either alone while the other is missing."""
         num_online = batch_size
-        if self._offline_buffer is not None:
+        if self._offline_buffers:
             num_online = round(batch_size * (1 - self.offline_fraction)) if self.replay_buffer.size() > 0 else 0
         if num_online == 0:
             return self._sample_offline(batch_size, self.sequence_length)
@@ -332,6 +363,4 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         if num_online == batch_size:
             return online
         offline = self._sample_offline(batch_size - num_online, self.sequence_length)
-        return SequenceBatch(
-            *(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(offline, online, strict=True))
-        )
+        return _concatenate([offline, online])

@@ -1,10 +1,12 @@
-"""What several test files share: a MODIP small enough to learn in a second."""
+"""What several test files share: a MODIP small enough to learn in a second, three episodes, a Minari folder."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch as th
+from episodes import make_arrays
 
 from modip_sb3 import MODIP
 
@@ -34,3 +36,18 @@ def make_model() -> Callable[..., MODIP]:
         return MODIP(policy, env, **(settings | kwargs))
 
     return make
+
+
+@pytest.fixture
+def arrays() -> dict[str, Any]:
+    """Three episodes, of which the first terminated."""
+    return make_arrays()
+
+
+@pytest.fixture
+def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder of Minari datasets."""
+    root = tmp_path / "minari"
+    root.mkdir()
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(root))
+    return root

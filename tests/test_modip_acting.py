@@ -104,7 +104,7 @@ def test_actions_lie_in_the_box(
     assert all(model.action_space.contains(action) for action in actions)
     assert model.action_space.contains(model.predict(obs[0])[0])
     assert np.abs(model.replay_buffer.actions).max() <= 1
-    assert model._offline_buffer.actions.min() < -0.9 and model._offline_buffer.actions.max() > 0.9
+    assert model._offline_buffers[0].actions.min() < -0.9 and model._offline_buffers[0].actions.max() > 0.9
 
 
 @pytest.mark.parametrize("n_envs", [1, 2])

@@ -80,7 +80,7 @@ def test_no_data_in_the_zip(make_model: MakeModel, tmp_path: Path, distill_from:
     with zipfile.ZipFile(tmp_path / "model.zip") as file:
         data = json.loads(file.read("data"))
         weights = {name for name in file.namelist() if name.endswith(".pth")}
-    assert not {"replay_buffer", "_offline_buffer", "_label_buffer", "_chunk_state", "offline_dataset"} & data.keys()
+    assert not {"replay_buffer", "_offline_buffers", "_label_buffer", "_chunk_state", "offline_dataset"} & data.keys()
     assert weights == {"policy.pth", "pytorch_variables.pth", *(f"{name}.pth" for name in model.optimizer_names)}
     assert (tmp_path / "model.zip").stat().st_size < 400_000
     loaded = MODIP.load(tmp_path / "model", env=Walk())  # the data are not needed to act, nor to go on without them

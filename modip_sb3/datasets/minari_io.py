@@ -2,10 +2,11 @@
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gymnasium as gym
@@ -14,25 +15,29 @@ import minari
 import numpy as np
 from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
-from minari.dataset.minari_dataset import DATASET_ID_RE
+from minari.dataset.minari_dataset import DATASET_ID_RE, parse_dataset_id
 from minari.dataset.minari_storage import METADATA_FILE_NAME, MinariStorage
+from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 
-from modip_sb3.datasets.offline import OfflineDataset, by_key, stored_dtype, unkeyed
+from modip_sb3.datasets.columns import by_key, join, unkeyed
+from modip_sb3.datasets.offline import OfflineDataset
 
 _ROOT = "MINARI_DATASETS_PATH"
 
 
 def read_minari(id_or_folder: str | PathLike[str]) -> OfflineDataset:
     """
-    Read a local Minari dataset; see ``OfflineDataset.from_minari``.
+    Read a Minari dataset with a Box or flat Dict observation space.
 
-    :param id_or_folder: An id such as ``"mujoco/hopper/medium-v0"``, or a folder that holds a dataset.
+    :param id_or_folder: An id such as ``"mujoco/hopper/medium-v0"``, or a folder that holds a dataset. An id that is
+        not there is downloaded with ``minari.download_dataset``.
     :return: The dataset, with the id of the environment it was recorded on if it names one.
-    :raises FileNotFoundError: If neither is there.
+    :raises FileNotFoundError: If there is no such folder, and no such id in Minari's remote storage either.
+    :raises ConnectionError: If an id is not there, and the remote storage cannot be reached.
     :raises ValueError: If its spaces are not supported, or its files are damaged.
     """
-    folder = _minari_folder(Path(id_or_folder)) or _local_folder(str(id_or_folder))
+    folder = _minari_folder(Path(id_or_folder)) or _folder_of_id(str(id_or_folder))
     with _explained(id_or_folder):
         metadata = MinariStorage.read_raw_metadata(folder)
         # Without its spaces, Minari would make the environment that the file names: code of the file's choice.
@@ -41,8 +46,8 @@ def read_minari(id_or_folder: str | PathLike[str]) -> OfflineDataset:
             raise ValueError(f"{METADATA_FILE_NAME} lacks {sorted(missing)}")
         dataset = minari.MinariDataset(folder)
     _check_spaces(dataset, id_or_folder)
-    with _explained(id_or_folder):
-        columns = _read_columns(dataset)
+    with _explained(id_or_folder), closing(_episodes(dataset)) as episodes:  # closes the file after a fault, too
+        columns = join(episodes, dataset.total_steps)
     env_id = dataset.env_spec.id if dataset.env_spec is not None else None
     return OfflineDataset.from_arrays(**columns, env_id=env_id, source=str(id_or_folder))
 
@@ -62,20 +67,38 @@ def _minari_folder(path: Path) -> Path | None:
     return next((folder for folder in (path / "data", path) if (folder / METADATA_FILE_NAME).is_file()), None)
 
 
-def _local_folder(dataset_id: str) -> Path:
-    if DATASET_ID_RE.fullmatch(dataset_id) is None:
+def _folder_of_id(dataset_id: str) -> Path:
+    match = DATASET_ID_RE.fullmatch(dataset_id)
+    if match is None or match["version"] is None:
         raise FileNotFoundError(
             f"Offline dataset {dataset_id}: neither an HDF5 file nor a Minari folder that is there, "
             "nor a Minari id like 'mujoco/hopper/medium-v0'; check the path."
         )
     root = get_dataset_path()
+    if _minari_folder(root / dataset_id) is None:
+        _download(dataset_id, root)
     folder = _minari_folder(root / dataset_id)
     if folder is None:
-        raise FileNotFoundError(
-            f"Minari dataset {dataset_id}: not found in {root}, expected a downloaded dataset; "
-            f"run `minari download {dataset_id}`, or point {_ROOT} to the folder that holds it."
-        )
+        raise FileNotFoundError(f"Minari dataset {dataset_id}: was not found in {root} after it was downloaded there.")
     return folder
+
+
+def _download(dataset_id: str, root: Path) -> None:
+    """Minari says on the console what it fetches, and from where."""
+    missing = f"Minari dataset {dataset_id}: not found in {root}"
+    try:
+        minari.download_dataset(dataset_id)
+    except ValueError as error:  # what Minari raises for an id or version that its remote storage does not have
+        raise FileNotFoundError(
+            f"{missing}, and not to be downloaded either ({str(error).rstrip('.')}); check the id with "
+            f"`minari list remote`, or point {_ROOT} to the folder that holds it."
+        ) from error
+    except Exception as error:  # each remote storage, and each release of its client, has errors of its own
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise ConnectionError(
+            f"{missing}, and downloading it failed ({type(error).__name__}: {reason}); check the network, "
+            f"or point {_ROOT} to the folder that holds it."
+        ) from error
 
 
 def _check_spaces(dataset: minari.MinariDataset, source: str | PathLike[str]) -> None:
@@ -89,36 +112,21 @@ def _check_spaces(dataset: minari.MinariDataset, source: str | PathLike[str]) ->
             )
 
 
-def _read_columns(dataset: minari.MinariDataset) -> dict[str, Any]:
-    """Fill one array per column, episode by episode, so that nothing is held twice."""
-    total = dataset.total_steps
-    columns: dict[str, np.ndarray] = {}
-    observations: dict[str, np.ndarray] = {}
-    finals: dict[str, list[np.ndarray]] = {}
-    stop = 0
+def _episodes(dataset: minari.MinariDataset) -> Generator[dict[str, Any], None, None]:
+    """The columns of each episode; a recording that just stopped is truncated."""
     for episode in dataset.iterate_episodes():
-        parts = by_key(episode.observations)
-        steps = {name: getattr(episode, name) for name in ("actions", "rewards", "terminations", "truncations")}
-        if stop == 0:
-            observations = {key: _allocate(total, part) for key, part in parts.items()}
-            columns = {name: _allocate(total, values) for name, values in steps.items()}
-            finals = {key: [] for key in parts}
-        start, stop = stop, stop + len(episode)
-        for name, values in steps.items():
-            columns[name][start:stop] = values
-        columns["truncations"][stop - 1] |= not columns["terminations"][stop - 1]  # a recording that just stopped
-        ends = (columns["terminations"] | columns["truncations"])[start:stop]
-        for key, part in parts.items():  # one observation more than steps
-            observations[key][start:stop] = part[:-1]
-            finals[key].append(part[1:][ends])
-    if stop != total:
-        raise ValueError(f"{METADATA_FILE_NAME} counts {total} steps, its episodes hold {stop}")
-    final_observations = {key: np.concatenate(parts) for key, parts in finals.items()}
-    return columns | {"observations": unkeyed(observations), "final_observations": unkeyed(final_observations)}
-
-
-def _allocate(rows: int, example: np.ndarray) -> np.ndarray:
-    return np.empty((rows, *example.shape[1:]), stored_dtype(example.dtype))
+        truncations = episode.truncations.copy()
+        truncations[-1] |= not episode.terminations[-1]
+        ends = episode.terminations | truncations
+        observations = by_key(episode.observations)  # one more than steps
+        yield {
+            "observations": unkeyed({key: part[:-1] for key, part in observations.items()}),
+            "actions": episode.actions,
+            "rewards": episode.rewards,
+            "terminations": episode.terminations,
+            "truncations": truncations,
+            "final_observations": unkeyed({key: part[1:][ends] for key, part in observations.items()}),
+        }
 
 
 def save_minari(
@@ -137,17 +145,16 @@ def save_minari(
     :param path: Folder of Minari datasets to write into; ``MINARI_DATASETS_PATH`` or Minari's own by default.
     :param metadata: What ``minari.create_dataset_from_buffers`` takes besides, such as ``author`` or ``description``.
     :return: The dataset's folder, from which ``OfflineDataset.load`` reads it as well.
-    :raises ValueError: If the id is not one of Minari's or is taken, or no environment is known.
+    :raises ValueError: If the id is not one of Minari's, or no environment is known.
+    :raises FileExistsError: If the id is taken.
     """
-    match = DATASET_ID_RE.fullmatch(dataset_id)
-    if match is None or match["version"] is None:
-        raise ValueError(f"dataset_id={dataset_id!r} is no Minari id, expected one like 'mujoco/hopper/mine-v0'.")
+    folder = new_minari_folder(dataset_id, path)
     env = env if env is not None else dataset.env_id
     if env is None:
         raise ValueError(f"Offline dataset {dataset.source}: names no environment, expected one; pass env=.")
     made = gym.make(env) if isinstance(env, str) else env
     dataset.check(made.observation_space, made.action_space, min_length=1)
-    with _minari_root(path), warnings.catch_warnings():
+    with _staged(dataset_id, path) as staging, _minari_root(staging), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # Minari's advice to give every piece of metadata
         written = minari.create_dataset_from_buffers(
             dataset_id,
@@ -157,12 +164,45 @@ def save_minari(
             action_space=_as_float32(made.action_space),
             **metadata,
         )
+        _compress(Path(written.storage.data_path) / "main_data.hdf5")
+        written.storage.update_metadata({"dataset_size": written.storage.get_size()})
     if isinstance(env, str):
         made.close()
-    data = Path(written.storage.data_path)
-    _compress(data / "main_data.hdf5")
-    written.storage.update_metadata({"dataset_size": written.storage.get_size()})
-    return data.parent
+    return folder
+
+
+def new_minari_folder(dataset_id: str, path: str | PathLike[str] | None = None) -> Path:
+    """
+    Where a dataset that is to be written will be; to be asked before the work of making it.
+
+    :param dataset_id: Its id.
+    :param path: As in ``save_minari``.
+    :return: Its folder, which does not exist.
+    :raises ValueError: If the id is not one of Minari's.
+    :raises FileExistsError: If it is taken.
+    """
+    match = DATASET_ID_RE.fullmatch(dataset_id)
+    if match is None or match["version"] is None:
+        raise ValueError(f"dataset_id={dataset_id!r} is no Minari id, expected one like 'mujoco/hopper/mine-v0'.")
+    with _minari_root(path):
+        folder = get_dataset_path(dataset_id)
+    if folder.exists():
+        raise FileExistsError(
+            f"Minari dataset {dataset_id}: {folder} exists and is not replaced; choose another id or folder."
+        )
+    return folder
+
+
+@contextmanager
+def _staged(dataset_id: str, path: str | PathLike[str] | None) -> Iterator[Path]:
+    """A hidden folder to write a dataset in, which appears among the others once it is complete."""
+    with _minari_root(path):
+        with TemporaryDirectory(prefix=".unfinished-", dir=get_dataset_path()) as staging:
+            yield Path(staging)
+            namespace = parse_dataset_id(dataset_id)[0]
+            if namespace is not None and namespace not in list_local_namespaces():
+                create_namespace(namespace)
+            os.rename(Path(staging) / dataset_id, get_dataset_path(dataset_id))
 
 
 @contextmanager

@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any, TypeAlias, Union
 
-import h5py
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import ArrayLike
+from stable_baselines3.common.buffers import ReplayBuffer
 
-Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
-DatasetSource: TypeAlias = Union["OfflineDataset", str, PathLike[str], Mapping[str, Any]]
+from modip_sb3.datasets.columns import (
+    BLOCK,
+    Observations,
+    as_flags,
+    by_key,
+    check_columns,
+    check_numbers,
+    key_names,
+    named,
+    named_columns,
+    take,
+    take_finals,
+    take_rows,
+    unkeyed,
+)
 
-_REQUIRED = {"observations", "actions", "rewards", "terminations", "truncations"}
-_OPTIONAL = {"final_observations", "next_observations", "env_id", "source"}
-_HDF5_SUFFIXES = {".hdf5", ".h5"}
-_BLOCK = 65_536  # rows read at a time, so that a column is never held twice
+DatasetSource: TypeAlias = Union["OfflineDataset", ReplayBuffer, str, PathLike[str], Mapping[str, Any]]
+DatasetSources: TypeAlias = DatasetSource | Sequence[DatasetSource]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +62,8 @@ class OfflineDataset:
     source: str = "arrays"
 
     def __post_init__(self) -> None:
-        columns = _columns(self.observations, self.actions, self.rewards, self.terminations, self.truncations)
-        _check_columns(columns, self.source)
+        columns = named_columns(self.observations, self.actions, self.rewards, self.terminations, self.truncations)
+        check_columns(columns, self.source)
         ends = self.terminations | self.truncations
         if not ends[-1] or np.any(self.terminations & self.truncations):
             self._fail(
@@ -103,66 +113,24 @@ class OfflineDataset:
         """
         Load data from whatever names or holds it.
 
-        :param source: A dataset (returned as it is), a mapping of the arrays that ``from_arrays`` takes, the path of an
-            HDF5 file in D4RL's layout, the path of a Minari dataset's folder, or the id of a local Minari dataset.
+        :param source: One of
+
+            - the id of a Minari dataset, which is downloaded if it is not there, or the path of its folder,
+            - the path of an HDF5 file in D4RL's or robomimic's layout,
+            - an SB3 replay buffer,
+            - a mapping of the arrays that ``from_arrays`` takes,
+            - a dataset, which is returned as it is,
+            - a mapping ``{"dataset": <any of these>, ...}`` with options beside it: ``min_return`` and ``top_fraction``
+              of :meth:`select`, and for robomimic ``obs_keys`` and ``filter_key`` of ``read_robomimic``.
+
         :return: The dataset.
         :raises FileNotFoundError: If there is no such file, folder or dataset.
-        :raises ValueError: If it cannot be read, or its arrays do not fit together.
+        :raises ConnectionError: If a Minari dataset is not there, and cannot be downloaded.
+        :raises ValueError: If it cannot be read, an option is unknown, or its arrays do not fit together.
         """
-        if isinstance(source, OfflineDataset):
-            return source
-        if isinstance(source, Mapping):
-            missing, unknown = _REQUIRED - source.keys(), source.keys() - _REQUIRED - _OPTIONAL
-            if missing or unknown:
-                raise ValueError(
-                    f"Offline dataset given as a mapping: lacks {sorted(missing)} and has unknown {sorted(unknown)}; "
-                    f"expected {sorted(_REQUIRED)} and optionally {sorted(_OPTIONAL)}."
-                )
-            return cls.from_arrays(**source)
-        if not isinstance(source, str | PathLike):
-            raise ValueError(
-                f"Offline dataset of type {type(source).__name__}: expected a Minari id, a path, "
-                "a mapping of arrays or an OfflineDataset."
-            )
-        path = Path(source).expanduser()
-        if path.suffix.lower() in _HDF5_SUFFIXES:
-            return cls.from_hdf5(path)
-        if path.is_file():
-            raise ValueError(
-                f"Offline dataset {path}: a {path.suffix or 'suffix-less'} file, expected one of "
-                f"{sorted(_HDF5_SUFFIXES)} or a Minari folder; pass the arrays of other formats as a mapping."
-            )
-        return cls.from_minari(source)
+        from modip_sb3.datasets.sources import load_source
 
-    @classmethod
-    def from_minari(cls, id_or_folder: str | PathLike[str]) -> OfflineDataset:
-        """
-        Load a Minari dataset with a Box or flat Dict observation space; nothing is downloaded.
-
-        :param id_or_folder: Id of a local dataset, such as ``"mujoco/hopper/medium-v0"``, or a dataset's folder.
-        :return: The dataset, with the id of the environment it was recorded on if it names one.
-        :raises FileNotFoundError: If it is not there.
-        :raises ValueError: If its spaces are not supported, or its files are damaged.
-        """
-        from modip_sb3.datasets.minari_io import read_minari
-
-        return read_minari(id_or_folder)
-
-    @classmethod
-    def from_hdf5(cls, path: str | PathLike[str]) -> OfflineDataset:
-        """
-        Load a file in D4RL's layout: flat ``observations``, ``actions``, ``rewards``, ``terminals`` and ``timeouts``.
-
-        Without ``next_observations``, final observations are found as ``from_arrays`` says.
-
-        :param path: The file.
-        :return: The dataset, with the file's ``env_id`` attribute if it has one.
-        :raises FileNotFoundError: If there is no such file.
-        :raises ValueError: If it is not a whole HDF5 file, lacks a key, or its arrays do not fit together.
-        """
-        from modip_sb3.datasets.hdf5 import read_hdf5
-
-        return read_hdf5(path)
+        return load_source(source)
 
     @classmethod
     def from_arrays(
@@ -195,37 +163,78 @@ class OfflineDataset:
         :param env_id: Gymnasium id of the environment the data is from, if known.
         :param source: What errors call the data.
         :return: The dataset.
-        :raises ValueError: If the arrays hold no numbers, are empty, or do not fit together.
+        :raises ValueError: If the arrays hold no numbers, are empty, or do not fit together, or if
+            ``next_observations`` show that the rows are not in order.
         """
         if final_observations is not None and next_observations is not None:
             raise ValueError(f"Offline dataset {source}: pass final_observations or next_observations, not both.")
-        columns = _columns(observations, actions, rewards, terminations, truncations)
+        columns = named_columns(observations, actions, rewards, terminations, truncations)
         if next_observations is not None:
-            columns |= _named("next_observations", next_observations)
-        _check_columns(columns, source)
-        terminated = _flags(columns["terminations"], "terminations", source)
-        truncated = _flags(columns["truncations"], "truncations", source) & ~terminated
+            columns |= named("next_observations", next_observations)
+        check_columns(columns, source)
+        terminated = as_flags(columns["terminations"], "terminations", source)
+        truncated = as_flags(columns["truncations"], "truncations", source) & ~terminated
         truncated[-1] = not terminated[-1]
         ends, kept = terminated | truncated, np.ones_like(terminated)
         if final_observations is not None:
-            _check_numbers(_named("final_observations", final_observations), source)
-            finals = _take(final_observations)
+            check_numbers(named("final_observations", final_observations), source)
+            finals = take(final_observations)
         elif next_observations is not None:
-            finals = _take(next_observations, ends)
+            observations = take(observations)
+            finals = take_finals(next_observations, observations, ends, source)
         else:
             kept = ~truncated
             starts = np.roll(ends, 1)
-            finals = _take(observations, ends & ~(truncated & starts))
+            finals = take(observations, ends & ~(truncated & starts))
             truncated = np.append(truncated[1:] & ~ends[:-1], False)
         return cls(
-            observations=_take(observations, kept),
-            actions=_take_rows(actions, kept, np.dtype(np.float32)),
-            rewards=_take_rows(rewards, kept, np.dtype(np.float32)),
+            observations=take(observations, kept),
+            actions=take_rows(actions, kept, np.dtype(np.float32)),
+            rewards=take_rows(rewards, kept, np.dtype(np.float32)),
             terminations=terminated[kept],
             truncations=truncated[kept],
             final_observations=finals,
             env_id=env_id,
             source=source,
+        )
+
+    # -------------------------------------------------------------- selecting
+
+    def select(self, min_return: float | None = None, top_fraction: float | None = None) -> OfflineDataset:
+        """
+        The best episodes, in their order; with both filters those that pass both.
+
+        :param min_return: Keep the episodes with at least this undiscounted return.
+        :param top_fraction: Keep this share of all episodes, those with the highest returns and at least one.
+        :return: A dataset of whole episodes; this one if there is no filter.
+        :raises ValueError: If no episode is left, or the fraction is not in (0, 1].
+        """
+        for name, value in {"min_return": min_return, "top_fraction": top_fraction}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                self._fail(f"{name}={value!r} is not a number")
+        if min_return is None and top_fraction is None:
+            return self
+        returns = self.episode_returns
+        kept = np.ones(self.num_episodes, bool) if min_return is None else returns >= min_return
+        if top_fraction is not None:
+            if not 0 < top_fraction <= 1:
+                self._fail(f"top_fraction={top_fraction} is not in (0, 1]")
+            best = np.argsort(-returns, kind="stable")[: max(1, round(top_fraction * self.num_episodes))]
+            kept &= np.isin(np.arange(self.num_episodes), best)
+        if not kept.any():
+            self._fail(
+                f"no episode has a return of min_return={min_return}, the best has {returns.max():.6g}; lower it"
+            )
+        steps = np.repeat(kept, self.episode_lengths)
+        return OfflineDataset(
+            observations=take(self.observations, steps),
+            actions=take_rows(self.actions, steps),
+            rewards=take_rows(self.rewards, steps),
+            terminations=self.terminations[steps],
+            truncations=self.truncations[steps],
+            final_observations=take(self.final_observations, kept),
+            env_id=self.env_id,
+            source=self.source,
         )
 
     # --------------------------------------------------------------- checking
@@ -241,8 +250,8 @@ class OfflineDataset:
             actions out of bounds (by more than a thousandth of their range), or episodes that are all too short.
         """
         self._check_shapes(observation_space, action_space)
-        columns = _columns(self.observations, self.actions, self.rewards, self.terminations, self.truncations)
-        for name, array in (columns | _named("final_observations", self.final_observations)).items():
+        columns = named_columns(self.observations, self.actions, self.rewards, self.terminations, self.truncations)
+        for name, array in (columns | named("final_observations", self.final_observations)).items():
             self._check_finite(name, array)
         if isinstance(action_space, spaces.Box):
             self._check_bounds(action_space)
@@ -258,7 +267,8 @@ class OfflineDataset:
         found = {key: array.shape[1:] for key, array in by_key(self.observations).items()}
         if found.keys() != parts.keys():
             self._fail(
-                f"observations have the keys {_keys(found)}, expected {_keys(parts)}; use data of this environment"
+                f"observations have the keys {key_names(found)}, expected {key_names(parts)}; "
+                "use data of this environment"
             )
         shapes = {f"observations{key and f'[{key!r}]'}": (found[key], space.shape) for key, space in parts.items()}
         for name, (shape, expected) in (shapes | {"actions": (self.actions.shape[1:], action_space.shape)}).items():
@@ -267,112 +277,27 @@ class OfflineDataset:
                 self._fail(f"{name} have shape {shape}, expected {expected}{recorded}; use data of this environment")
 
     def _check_finite(self, name: str, array: np.ndarray) -> None:
-        finite = np.isfinite(array)
-        if not finite.all():
-            first = tuple(int(i) for i in np.unravel_index(np.argmin(finite), finite.shape))
+        flat = array.reshape(-1)
+        starts = range(0, flat.size, BLOCK)
+        faults = [start + np.flatnonzero(~np.isfinite(flat[start : start + BLOCK])) for start in starts]
+        if count := sum(map(len, faults)):
+            first = np.unravel_index(np.concatenate(faults)[0], array.shape)
             self._fail(
-                f"{name} hold {finite.size - np.count_nonzero(finite)} NaN or infinite values, the first at "
-                f"{list(first)}, expected finite numbers; repair the data or drop its episode"
+                f"{name} hold {count} NaN or infinite values, the first at {list(map(int, first))}, "
+                "expected finite numbers; repair the data or drop its episode"
             )
 
     def _check_bounds(self, action_space: spaces.Box) -> None:
         tolerance = 1e-3 * (action_space.high.astype(np.float64) - action_space.low)
-        outside = (self.actions < action_space.low - tolerance) | (self.actions > action_space.high + tolerance)
-        count = np.count_nonzero(outside.reshape(self.num_transitions, -1).any(axis=1))
-        if count:
-            self._fail(
-                f"{count} of {self.num_transitions} actions are outside of {action_space}, found values from "
-                f"{self.actions.min():.6g} to {self.actions.max():.6g}; clip or rescale them to the environment's units"
-            )
+        low, high = action_space.low - tolerance, action_space.high + tolerance
+        if np.all(self.actions.min(0) >= low) and np.all(self.actions.max(0) <= high):
+            return
+        outside = ((self.actions < low) | (self.actions > high)).reshape(self.num_transitions, -1).any(axis=1)
+        self._fail(
+            f"{np.count_nonzero(outside)} of {self.num_transitions} actions are outside of {action_space}, "
+            f"found values from {self.actions.min():.6g} to {self.actions.max():.6g}; "
+            "clip or rescale them to the environment's units"
+        )
 
     def _fail(self, sentence: str) -> None:
         raise ValueError(f"Offline dataset {self.source}: {sentence}.")
-
-
-def by_key(observations: Any) -> dict[str, Any]:
-    """Observations of either kind as a dict; the key of plain ones is the empty string."""
-    return dict(observations) if isinstance(observations, Mapping) else {"": observations}
-
-
-def unkeyed(parts: dict[str, Any]) -> Any:
-    """The inverse of ``by_key``."""
-    return parts[""] if parts.keys() == {""} else parts
-
-
-def stored_dtype(dtype: np.dtype) -> np.dtype:
-    """Floats are stored as float32, everything else as it is."""
-    return np.dtype(np.float32) if dtype.kind == "f" else dtype
-
-
-def _keys(parts: Mapping[str, Any]) -> str:
-    return "none (one array)" if parts.keys() == {""} else str(sorted(parts))
-
-
-def _array(values: Any) -> Any:
-    """An array, or what is still to be read from an HDF5 file."""
-    return values if isinstance(values, h5py.Dataset | h5py.Group) else np.asarray(values)
-
-
-def _named(name: str, observations: Any) -> dict[str, Any]:
-    return {f"{name}{key and f'[{key!r}]'}": _array(values) for key, values in by_key(observations).items()}
-
-
-def _columns(observations: Any, actions: Any, rewards: Any, terminations: Any, truncations: Any) -> dict[str, Any]:
-    rest = {"actions": actions, "rewards": rewards, "terminations": terminations, "truncations": truncations}
-    return _named("observations", observations) | {name: _array(values) for name, values in rest.items()}
-
-
-def _check_numbers(columns: dict[str, Any], source: str) -> None:
-    for name, array in columns.items():
-        if isinstance(array, h5py.Group) or array.dtype.kind not in "biuf":
-            kind = "a group" if isinstance(array, h5py.Group) else f"values of type {array.dtype}"
-            raise ValueError(f"Offline dataset {source}: {name} hold {kind}, expected numbers; convert them first.")
-
-
-def _check_columns(columns: dict[str, Any], source: str) -> None:
-    """Numbers only, one row per transition, and at least one."""
-    _check_numbers(columns, source)
-    lengths = {name: array.shape[0] if array.shape else None for name, array in columns.items()}
-    if len(set(lengths.values())) != 1:
-        raise ValueError(f"Offline dataset {source}: expected one row per transition in each array, found {lengths}.")
-    if not lengths["actions"]:
-        raise ValueError(f"Offline dataset {source}: holds no transitions, expected at least one; check its origin.")
-    for name in ("rewards", "terminations", "truncations"):
-        if columns[name].ndim != 1:
-            raise ValueError(
-                f"Offline dataset {source}: {name} have shape {columns[name].shape}, "
-                f"expected {columns[name].shape[:1]}; flatten them."
-            )
-
-
-def _flags(values: Any, name: str, source: str) -> np.ndarray:
-    flags = np.asarray(values)
-    if not np.isin(flags, (0, 1)).all():
-        raise ValueError(
-            f"Offline dataset {source}: {name} hold values from {flags.min()} to {flags.max()}, "
-            "expected only 0 and 1; check which array is which."
-        )
-    return flags.astype(bool)
-
-
-def _take(observations: Any, rows: np.ndarray | None = None) -> Observations:
-    return unkeyed({key: _take_rows(_array(values), rows) for key, values in by_key(observations).items()})
-
-
-def _take_rows(values: Any, rows: np.ndarray | None = None, dtype: np.dtype | None = None) -> np.ndarray:
-    """
-    The marked rows as they are stored: without a copy where all are marked and the array is in memory as it should be.
-    """
-    array = _array(values)
-    dtype = dtype or stored_dtype(array.dtype)
-    rows = np.ones(len(array), bool) if rows is None else rows
-    if isinstance(array, np.ndarray) and rows.all():
-        return np.ascontiguousarray(array, dtype)
-    taken = np.empty((np.count_nonzero(rows), *array.shape[1:]), dtype)
-    filled = 0
-    for start in range(0, len(rows), _BLOCK):
-        marked = rows[start : start + _BLOCK]
-        block = array[start : start + _BLOCK][marked]
-        taken[filled : filled + len(block)] = block
-        filled += len(block)
-    return taken

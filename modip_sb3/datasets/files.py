@@ -1,0 +1,56 @@
+"""HDF5 files: opened with one sentence for every fault, and written whole or not at all."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+
+import h5py
+
+
+@contextmanager
+def open_hdf5(path: str | PathLike[str]) -> Iterator[h5py.File]:
+    """
+    Open a file for reading.
+
+    :param path: the file, which is only read
+    :return: the open file
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it is empty, damaged or no HDF5 file, also where that is only found while it is read
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"Offline dataset {path}: no such file, expected an HDF5 file; check the path.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"Offline dataset {path}: the file is empty, expected HDF5; fetch or write it again.")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except OSError as error:  # what h5py raises on a bad signature, a truncated file or a damaged chunk
+        raise ValueError(
+            f"Offline dataset {path}: cannot be read as HDF5 ({error}), "
+            "expected a whole HDF5 file; fetch or write it again."
+        ) from error
+
+
+@contextmanager
+def new_hdf5(path: str | PathLike[str]) -> Iterator[h5py.File]:
+    """
+    Write a file that appears under its name once it is complete, and never replaces another.
+
+    :param path: the file; folders that are missing are made
+    :return: the open file
+    :raises FileExistsError: if there is such a file
+    """
+    path = Path(path).expanduser()
+    if path.exists():
+        raise FileExistsError(f"{path} exists and is not replaced; choose another path, or remove it first.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with h5py.File(unfinished, "w") as file:
+            yield file
+        unfinished.rename(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
