@@ -1,0 +1,152 @@
+"""
+rl_zoo3's own scripts with the algorithms, settings and environments of this package.
+
+    python -m modip_sb3.zoo train --algo modip --env modip/hopper-medium-v5 --eval-freq 5000
+    python -m modip_sb3.zoo enjoy --algo modip --env modip/hopper-medium-v5 -f logs
+"""
+
+import argparse
+import importlib
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import gymnasium as gym
+
+from modip_sb3.modip import MODIP
+
+if TYPE_CHECKING:
+    import optuna
+
+# Where the function of the same name is; the other scripts have none, and run as modules
+FUNCTIONS = {
+    "train": "rl_zoo3.train",
+    "enjoy": "rl_zoo3.enjoy",
+    "plot_train": "rl_zoo3.plots",
+    "plot_from_file": "rl_zoo3.plots",
+    "all_plots": "rl_zoo3.plots",
+}
+MODULES = ("record_video", "load_from_hub", "push_to_hub")
+
+
+def convert_modip_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Settings of MODIP from what Optuna sampled.
+
+    rl_zoo3 puts them in the place of the configured ones, ``policy_kwargs`` and ``planner_kwargs`` as a whole.
+
+    :param sampled_params: the parameters of a trial
+    :return: the keyword arguments
+    """
+    params = sampled_params.copy()
+    params["gamma"] = 1 - params.pop("one_minus_gamma")
+    params["policy_kwargs"] = {"denoiser": "mlp", "num_proposals": 2 ** params.pop("num_proposals_pow")}
+    min_std = params.pop("min_std")
+    params["planner_kwargs"] = {"min_std": min_std, "max_std": min_std * params.pop("std_ratio")}
+    return params
+
+
+def sample_modip_params(
+    trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    The search space of ``train --optimize``.
+
+    :param trial: what samples
+    :param n_actions: dimension of the action space (unused)
+    :param n_envs: number of environments (unused)
+    :param additional_args: about HER (unused)
+    :return: keyword arguments of MODIP
+    """
+    params = {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 3e-3, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 1e-3, 0.03, log=True),
+        "n_steps": trial.suggest_int("n_steps", 1, 32, log=True),
+        "tau": trial.suggest_float("tau", 2e-3, 0.08, log=True),
+        "expectile": trial.suggest_float("expectile", 0.5, 0.95),
+        "distill_beta": trial.suggest_float("distill_beta", 0.0, 5.0),
+        "num_proposals_pow": trial.suggest_int("num_proposals_pow", 2, 6),
+        "min_std": trial.suggest_float("min_std", 0.01, 0.3, log=True),
+        "std_ratio": trial.suggest_float("std_ratio", 1.0, 20.0, log=True),
+        "train_freq": trial.suggest_int("train_freq", 1, 8, log=True),
+        "gradient_steps": trial.suggest_int("gradient_steps", 1, 4, log=True),
+    }
+    hyperparams = convert_modip_params(params)
+    for name in ("gamma", "policy_kwargs", "planner_kwargs"):
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
+
+
+def register() -> None:
+    """Add our algorithms to rl_zoo3's registries."""
+    _import("rl_zoo3").ALGOS["modip"] = MODIP
+    hyperparams_opt = _import("rl_zoo3.hyperparams_opt")
+    hyperparams_opt.HYPERPARAMS_SAMPLER["modip"] = sample_modip_params
+    hyperparams_opt.HYPERPARAMS_CONVERTER["modip"] = convert_modip_params
+
+
+def _import(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        sys.exit(f'{name} cannot be imported ({error}): run pip install "modip-sb3[zoo]".')
+
+
+def find_config(algo: str | None) -> Path | None:
+    """
+    :param algo: name of an algorithm
+    :return: our settings for it, from the installed package or from the repository, or None if there are none
+    """
+    package = Path(__file__).parent
+    paths = [folder / "zoo_configs" / f"{algo}.yml" for folder in (package, package.parent)]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def with_config(arguments: Sequence[str]) -> list[str]:
+    """
+    :param arguments: of ``train``
+    :return: with our settings for the algorithm, unless a file of settings was given
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo")
+    parser.add_argument("-conf", "--conf-file")
+    given, _ = parser.parse_known_args(arguments)
+    config = find_config(given.algo) if given.conf_file is None else None
+    return [*arguments, "--conf-file", str(config)] if config is not None else list(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    Run a script of rl_zoo3.
+
+    :param argv: its name and its arguments; the command line's by default
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m modip_sb3.zoo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("script", choices=[*FUNCTIONS, *MODULES], help="followed by its own arguments, or by --help")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    script, arguments = args.script, args.arguments
+    register()
+    if script == "train":
+        arguments = with_config(arguments)
+    elif FUNCTIONS.get(script) == "rl_zoo3.plots":  # they look for an id in the folders' names, which have no slash
+        arguments = [text.replace("/", "-") if text in gym.registry else text for text in arguments]
+    sys.argv = [f"{parser.prog} {script}", *arguments]
+    try:
+        if script in FUNCTIONS:
+            getattr(_import(FUNCTIONS[script]), script)()
+        else:
+            runpy.run_module(f"rl_zoo3.{script}", run_name="__main__")
+    except AttributeError as error:
+        if error.name == "pbar" and error.__context__ is not None:  # with --progress, rl_zoo3 hides what stopped it
+            raise error.__context__ from None
+        raise
+
+
+if __name__ == "__main__":
+    main()
