@@ -9,8 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-# One thread: the networks are small, and more threads only wait for each other.
-OMP_NUM_THREADS ?= 1
+# Two threads: the networks are small, and more would only wait for each other.
+OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS
 
 VENV_PYTHON = $(VENV)/bin/python

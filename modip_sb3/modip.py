@@ -13,7 +13,7 @@ from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
-from modip_sb3.datasets import DatasetSource
+from modip_sb3.datasets import DatasetSources
 from modip_sb3.policies import ActingMode, MODIPPolicy
 from modip_sb3.world_model import compute_world_model_loss
 
@@ -38,7 +38,7 @@ class MODIP(OfflineToOnlineAlgorithm):
     :param learning_starts: environment steps before learning; random ones unless there was an offline phase
     :param batch_size: sequences in a batch
     :param tau: rate at which the critics' targets follow
-    :param gamma: discount factor
+    :param gamma: discount factor; at 0.99 a failure 200 steps ahead hardly counts, see the README's table for Hopper
     :param train_freq: environment steps (or episodes) between updates
     :param gradient_steps: updates each time; -1 for as many as environment steps
     :param action_noise: added to what is executed; the planner's own spread explores without it
@@ -96,7 +96,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         replay_buffer_kwargs: dict[str, Any] | None = None,
         optimize_memory_usage: bool = False,
         n_steps: int = 16,
-        offline_dataset: DatasetSource | None = None,
+        offline_dataset: DatasetSources | None = None,
         pretrain_steps: int = 10_000,
         offline_fraction: float = 0.5,
         rollout_with: ActingMode = "planner",
