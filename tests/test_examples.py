@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from modip_sb3 import OfflineDataset
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
@@ -47,3 +49,12 @@ def test_finetune_hopper(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "mlp.png").stat().st_size > 10_000
     assert list((tmp_path / "out" / "tensorboard").iterdir())
     assert all(label in printed for label in ("BC continued (control)", "MODIP, policy alone", "policy + planner"))
+
+
+def test_make_hopper_dataset(tmp_path: Path) -> None:
+    printed = run_example(
+        "make_hopper_dataset.py", tmp_path, "--timesteps", "120", "--transitions", "50", "--path", "out"
+    )
+    dataset = OfflineDataset.load(tmp_path / "out" / "modip" / "hopper" / "sac-medium-v0")
+    assert dataset.num_transitions >= 50 and dataset.num_episodes >= 5  # of five checkpoints
+    assert dataset.env_id == "Hopper-v5" and f"{dataset.num_episodes} " in printed

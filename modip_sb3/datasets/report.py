@@ -17,6 +17,7 @@ def summary_table(summary: DatasetSummary) -> Table:
     :param summary: Of ``summarize``.
     :return: What ``rich.print`` shows.
     """
+    fault = (summary.fault or "the data fits the environment").removeprefix(f"Offline dataset {summary.source}: ")
     rows = {"environment": summary.env_id or "unknown"}
     rows |= {f"observations {key}".strip(): space for key, space in summary.observations.items()}
     rows |= {
@@ -33,7 +34,7 @@ def summary_table(summary: DatasetSummary) -> Table:
         "time limits": f"{summary.num_truncated:,} episodes",
         "NaN or infinite": ", ".join(f"{name}: {count:,}" for name, count in summary.non_finite.items()) or "none",
         "action saturation": f"{summary.saturation:.1%} of all entries at the bounds of the {summary.bounds}",
-        "check": summary.fault or "the data fits the environment",
+        "check": fault,
     }
     table = Table(title=Text(summary.source), show_header=False)
     for label, value in rows.items():

@@ -155,7 +155,6 @@ def concatenate(datasets: Sequence[OfflineDataset], source: str = "several datas
     :param source: What errors call the whole.
     :return: All their episodes in one dataset, which is from the first one's environment.
     """
-
     chunks = ({name: getattr(dataset, name) for name in COLUMNS} for dataset in datasets)
     columns = join(chunks, sum(dataset.num_transitions for dataset in datasets))
     return OfflineDataset(**columns, env_id=datasets[0].env_id, source=source)
