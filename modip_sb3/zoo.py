@@ -21,7 +21,8 @@ from modip_sb3.modip import MODIP
 if TYPE_CHECKING:
     import optuna
 
-# Where the function of the same name is; the other scripts have none, and run as modules
+# Where each script's function is; those of MODULES have none. Not here: record_training and benchmark, which start
+# interpreters that do not know our algorithms, and push_to_hub, which sb3-team-hf-integration 3.2 broke.
 FUNCTIONS = {
     "train": "rl_zoo3.train",
     "enjoy": "rl_zoo3.enjoy",
@@ -29,7 +30,7 @@ FUNCTIONS = {
     "plot_from_file": "rl_zoo3.plots",
     "all_plots": "rl_zoo3.plots",
 }
-MODULES = ("record_video", "load_from_hub", "push_to_hub")
+MODULES = ("record_video", "load_from_hub")
 
 
 def convert_modip_params(sampled_params: dict[str, Any]) -> dict[str, Any]:

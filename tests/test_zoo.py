@@ -220,6 +220,13 @@ def test_optimize(folder: Path) -> None:
 # -------------------------------------------------------------------- faults
 
 
+@pytest.mark.parametrize("script", [*zoo.FUNCTIONS, *zoo.MODULES])
+def test_every_script_starts(script: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="^0$"):
+        run(script, "--help")
+    assert "usage: " in capsys.readouterr().out
+
+
 def test_unknown_names(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, sentence in {
         ("paint",): "invalid choice: 'paint' (choose from 'train', 'enjoy'",
