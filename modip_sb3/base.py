@@ -1,6 +1,7 @@
 """What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
 
 import math
+import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
@@ -9,11 +10,14 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.type_aliases import MaybeCallback
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import configure_logger, obs_as_tensor
-from tqdm import tqdm
+from stable_baselines3.common.vec_env import VecEnv
+from tqdm import TqdmExperimentalWarning
+from tqdm.rich import tqdm
 
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_fraction
@@ -35,6 +39,18 @@ def _discounted_sums(dataset: OfflineDataset, gamma: float) -> np.ndarray:
         sums[step] = running
         running *= not ended[step]
     return sums
+
+
+def _shows_progress(callback: BaseCallback) -> bool:
+    if isinstance(callback, CallbackList):
+        return any(map(_shows_progress, callback.callbacks))
+    return isinstance(callback, ProgressBarCallback)
+
+
+def _count(total: int, progress_bar: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TqdmExperimentalWarning)  # tqdm's opinion of its own rich bar, as SB3 has it
+        return tqdm(range(total), desc="pretrain", disable=not progress_bar)
 
 
 def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
@@ -207,7 +223,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         callback: MaybeCallback = None,
         clone_only: bool = False,
         log_interval: int = 500,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         progress_bar: bool = False,
     ) -> SelfOfflineToOnline:
         """
@@ -219,7 +235,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         :param callback: called after each update, as ``learn()`` calls it after each environment step
         :param clone_only: only clone the policy, and leave the world model and the critics as they are
         :param log_interval: updates between two log entries, under ``pretrain/`` and counted in updates
-        :param tb_log_name: name of the TensorBoard run
+        :param tb_log_name: name of the TensorBoard run, the algorithm's by default
         :param progress_bar: show a progress bar
         :return: self
         """
@@ -227,7 +243,9 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             raise ValueError("pretrain() needs data: pass offline_dataset to the constructor or to load().")
         self._load_offline_data()
         if not hasattr(self, "_logger"):
-            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name)
+            self._logger = configure_logger(
+                self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__
+            )
         wrapped_callback = self._init_callback(callback)
         wrapped_callback.on_training_start(locals(), globals())
         self.policy.set_training_mode(True)
@@ -235,7 +253,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             self._set_learning_rate(optimizer, self.lr_schedule(1))
         phase: Phase = "clone" if clone_only else "offline"
         length = self.policy.action_horizon if clone_only else self.sequence_length
-        for _ in tqdm(range(total_updates), desc="pretrain", disable=not progress_bar):
+        for _ in _count(total_updates, progress_bar):
             metrics = self._update(self._sample_offline(self.batch_size, length), phase)
             self._n_pretrain_updates += 1
             for name, value in metrics.items():
@@ -257,7 +275,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         total_timesteps: int,
         callback: MaybeCallback = None,
         log_interval: int = 4,
-        tb_log_name: str = "run",
+        tb_log_name: str | None = None,
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfOfflineToOnline:
@@ -269,9 +287,15 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
                 "Pass offline_dataset to load() to go on with both.",
                 stacklevel=2,
             )
+        run_name = tb_log_name or type(self).__name__
+        return super().learn(total_timesteps, callback, log_interval, run_name, reset_num_timesteps, progress_bar)
+
+    def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
+        """The offline phase, if it is still due: here the logger and the callbacks of ``learn()`` are ready."""
         if self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0:
-            self.pretrain(self.pretrain_steps, tb_log_name=tb_log_name, progress_bar=progress_bar)
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+            self.pretrain(self.pretrain_steps, progress_bar=_shows_progress(callback))
+            self.start_time = time.time_ns()  # it does not count in the environment steps per second
+        return super().collect_rollouts(env, callback, *args, **kwargs)
 
     def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
         last_obs = self._last_obs

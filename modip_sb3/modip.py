@@ -157,8 +157,8 @@ class MODIP(OfflineToOnlineAlgorithm):
         check_choice("critic_target", critic_target, "v", "policy")
         check_choice("distill_from", distill_from, "executed", "relabel", "both")
         check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
-        search = SEARCH_WIDELY if offline_dataset is None else RANK_PROPOSALS
-        self.planner_kwargs = {**search, **(planner_kwargs or {})}
+        self.planner_defaults = SEARCH_WIDELY if offline_dataset is None else RANK_PROPOSALS
+        self.planner_kwargs = dict(planner_kwargs or {})
         self.critic_target = critic_target
         self.td_lambda = td_lambda
         self.expectile = expectile
@@ -175,7 +175,7 @@ class MODIP(OfflineToOnlineAlgorithm):
     def _setup_model(self) -> None:
         super()._setup_model()
         self.policy.inference = self.inference
-        self.policy.planner_kwargs = {"gamma": self.gamma, **self.planner_kwargs}
+        self.policy.planner_kwargs = {"gamma": self.gamma, **self.planner_defaults, **self.planner_kwargs}
         self.policy.check_planner()
         if self.distill_from != "executed" and self.policy.horizon != self.policy.action_horizon:
             raise ValueError(
