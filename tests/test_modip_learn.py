@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import CheckpointCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_checker import check_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
@@ -289,10 +289,40 @@ def test_tensorboard(make_model: MakeModel, tmp_path: Path) -> None:
     assert {"pretrain/actor_loss", "train/actor_loss", "rollout/ep_rew_mean", "rollout/plan_gain"} <= tags
 
 
-def test_offline_phase_of_learn_has_the_name_of_the_run(make_model: MakeModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "run"), [("mine", "mine_1"), (None, "MODIP_1")])
+def test_offline_phase_of_learn_is_in_its_run(
+    make_model: MakeModel, tmp_path: Path, name: str | None, run: str
+) -> None:
     model = make_model(Walk(), offline_dataset=record_walk(), tensorboard_log=str(tmp_path))
-    model.learn(20, tb_log_name="mine")
-    assert {path.name.split("_")[0] for path in tmp_path.iterdir()} == {"mine"}
+    model.learn(40, tb_log_name=name)
+    tags = read_tensorboard(tmp_path)
+    assert tags.keys() == {run} and {"pretrain/actor_loss", "train/actor_loss"} <= tags[run]
+
+
+class Interruption(BaseCallback):
+    """Interrupts what it is hooked to, and notes whether training had started."""
+
+    started = False
+
+    def _on_training_start(self) -> None:
+        self.started = True
+
+    def _on_step(self) -> bool:
+        return True
+
+    def interrupt(self, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("progress_bar", [False, True])
+def test_callbacks_have_started_when_the_offline_phase_is_interrupted(
+    make_model: MakeModel, progress_bar: bool
+) -> None:
+    model, callback = make_model(Walk(), offline_dataset=record_walk()), Interruption()
+    model.policy.actor.denoiser.register_forward_hook(callback.interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(40, callback, progress_bar=progress_bar)
+    assert callback.started and model._n_pretrain_updates == 0
 
 
 def test_learning_rate_schedule_reaches_every_optimizer(make_model: MakeModel) -> None:

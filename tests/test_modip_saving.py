@@ -23,6 +23,7 @@ from walk import (
 )
 
 from modip_sb3 import MODIP, MODIPPolicy
+from modip_sb3.modip import RANK_PROPOSALS
 
 # ------------------------------------------------------------------ save and load
 
@@ -97,6 +98,12 @@ def test_loaded_model_takes_its_data_again(make_model: MakeModel, tmp_path: Path
     assert loaded._n_pretrain_updates == 5
     assert th.equal(loaded.policy.normalizer.mean, normalizer)
     assert loaded.planner_kwargs == model.planner_kwargs
+
+
+def test_settings_of_the_planner_given_to_load_stand_beside_the_defaults(tmp_path: Path) -> None:
+    MODIP("MlpPolicy", Walk(), offline_dataset=record_walk()).save(tmp_path / "model")
+    loaded = MODIP.load(tmp_path / "model", planner_kwargs={"min_std": 0.01})
+    assert loaded.policy.planner_kwargs == {"gamma": loaded.gamma, **RANK_PROPOSALS, "min_std": 0.01}
 
 
 @both_modes
