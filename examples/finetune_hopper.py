@@ -1,8 +1,10 @@
 """
 Clone a diffusion policy from the shipped Hopper data, fine-tune it with MODIP, and show the gain as numbers and a plot.
+Other data of the MuJoCo tasks goes through the same steps.
 
     python examples/finetune_hopper.py                       # one seed, the residual MLP denoiser
     python examples/finetune_hopper.py --seeds 0 1 2 --denoiser unet
+    python examples/finetune_hopper.py --env Walker2d-v5 --dataset walker2d-medium.hdf5
 """
 
 import argparse
@@ -22,7 +24,6 @@ from modip_sb3.datasets import normalized_score
 from modip_sb3.evaluation import Evaluation, evaluate
 from modip_sb3.policies import ActingMode
 
-ENV_ID = "Hopper-v5"
 DATASET = Path(__file__).parent / "data" / "modip" / "hopper" / "sac-medium-v0"
 FIELDS = ["denoiser", "seed", "stage", "inference", "env_steps", "updates", "mean", "standard_error", "seconds"]
 STAGES = [
@@ -40,14 +41,14 @@ class EvaluationCallback(BaseCallback):
 
     model: MODIP
 
-    def __init__(self, eval_freq: int, n_episodes: int, record: Record):
+    def __init__(self, env_id: str, eval_freq: int, n_episodes: int, record: Record):
         super().__init__()
-        self.eval_freq, self.n_episodes, self.record = eval_freq, n_episodes, record
+        self.env_id, self.eval_freq, self.n_episodes, self.record = env_id, eval_freq, n_episodes, record
 
     def _on_step(self) -> bool:
         if self.num_timesteps % self.eval_freq == 0:
             for inference in MODES:
-                result = evaluate(self.model, ENV_ID, self.n_episodes, inference)
+                result = evaluate(self.model, self.env_id, self.n_episodes, inference)
                 self.record("curve", result, self.num_timesteps, self.model._n_updates)
         return True
 
@@ -56,7 +57,7 @@ def run_seed(args: argparse.Namespace, seed: int, record: Record) -> None:
     """The whole job for one seed; every evaluation goes to ``record``."""
     model = MODIP(
         "MlpPolicy",
-        ENV_ID,
+        args.env,
         offline_dataset=str(args.dataset),
         batch_size=128,
         train_freq=2,
@@ -67,21 +68,21 @@ def run_seed(args: argparse.Namespace, seed: int, record: Record) -> None:
     )
     model.pretrain(args.pretrain, progress_bar=True)
     model.pretrain(args.clone, clone_only=True, progress_bar=True)
-    record("bc-before", evaluate(model, ENV_ID, args.episodes), 0, model._n_pretrain_updates)
+    record("bc-before", evaluate(model, args.env, args.episodes), 0, model._n_pretrain_updates)
     model.pretrain(args.bc_gap, clone_only=True, progress_bar=True)
-    record("bc", evaluate(model, ENV_ID, args.episodes), 0, model._n_pretrain_updates)
+    record("bc", evaluate(model, args.env, args.episodes), 0, model._n_pretrain_updates)
     model.save(args.output / f"{args.denoiser}-{seed}-bc")
 
-    callback = EvaluationCallback(args.eval_freq, args.curve_episodes, record)
+    callback = EvaluationCallback(args.env, args.eval_freq, args.curve_episodes, record)
     model.learn(args.timesteps, callback=callback, progress_bar=True)
     model.save(args.output / f"{args.denoiser}-{seed}-modip")
     for inference in MODES:
-        result = evaluate(model, ENV_ID, args.episodes, inference)
+        result = evaluate(model, args.env, args.episodes, inference)
         record("modip", result, args.timesteps, model._n_updates)
 
     control = MODIP.load(args.output / f"{args.denoiser}-{seed}-bc", offline_dataset=str(args.dataset))
     control.pretrain(model._n_updates, clone_only=True, progress_bar=True)
-    record("control", evaluate(control, ENV_ID, args.episodes), 0, model._n_updates)
+    record("control", evaluate(control, args.env, args.episodes), 0, model._n_updates)
 
 
 def mean_and_spread(rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -90,10 +91,10 @@ def mean_and_spread(rows: list[dict[str, Any]]) -> tuple[float, float]:
     return float(means.mean()), float(means.std(ddof=1) if len(means) > 1 else rows[0]["standard_error"])
 
 
-def print_table(rows: list[dict[str, Any]], denoiser: str, num_seeds: int) -> None:
+def print_table(rows: list[dict[str, Any]], env_id: str, denoiser: str, num_seeds: int) -> None:
     """The gain over behaviour cloning, stage by stage."""
     spread_name = f"standard deviation over {num_seeds} seeds" if num_seeds > 1 else "standard error over episodes"
-    table = Table(title=f"{ENV_ID}, {denoiser} denoiser: mean return ± {spread_name}")
+    table = Table(title=f"{env_id}, {denoiser} denoiser: mean return ± {spread_name}")
     for column in ("", "return", "normalised", "× BC", "updates"):
         table.add_column(column, justify="right" if column else "left")
     bc_mean = mean_and_spread([row for row in rows if row["stage"] == "bc"])[0]
@@ -103,14 +104,14 @@ def print_table(rows: list[dict[str, Any]], denoiser: str, num_seeds: int) -> No
         table.add_row(
             label,
             f"{mean:.0f} ± {spread:.0f}",
-            f"{normalized_score(ENV_ID, mean):.1f}",
+            f"{normalized_score(env_id, mean):.1f}",
             f"{mean / bc_mean:.2f}",
             str(chosen[0]["updates"]),
         )
     Console().print(table)
 
 
-def plot(rows: list[dict[str, Any]], denoiser: str, path: Path) -> None:
+def plot(rows: list[dict[str, Any]], env_id: str, denoiser: str, path: Path) -> None:
     """Learning curves on the left, the gain on the right."""
     import matplotlib
 
@@ -127,7 +128,7 @@ def plot(rows: list[dict[str, Any]], denoiser: str, path: Path) -> None:
         (line,) = curve_axis.plot(steps, means, marker="o", label=label)
         curve_axis.fill_between(steps, means - spreads, means + spreads, color=line.get_color(), alpha=0.2)
     curve_axis.axhline(bc_mean, color="0.4", linestyle="--", label="BC")
-    curve_axis.set(xlabel="environment steps", ylabel="return", title=f"{ENV_ID}, {denoiser} denoiser")
+    curve_axis.set(xlabel="environment steps", ylabel="return", title=f"{env_id}, {denoiser} denoiser")
     curve_axis.legend()
     stats = [
         mean_and_spread([row for row in rows if (row["stage"], row["inference"]) == (stage, inference)])
@@ -146,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--denoiser", choices=["mlp", "unet"], default="mlp")
-    parser.add_argument("--dataset", default=DATASET, help="Minari id or folder, or D4RL-layout HDF5 file, of Hopper")
+    parser.add_argument("--env", default="Hopper-v5", help="Hopper-v5, Walker2d-v5 or HalfCheetah-v5")
+    parser.add_argument("--dataset", default=DATASET, help="Minari id or folder, or HDF5 file, of that environment")
     parser.add_argument("--pretrain", type=int, default=7500, help="updates of all networks in the offline phase")
     parser.add_argument("--clone", type=int, default=4500, help="updates of the policy alone after them")
     parser.add_argument(
@@ -158,10 +160,11 @@ def main() -> None:
     parser.add_argument(
         "--eval-freq", type=int, default=2500, help="environment steps between two points of the curves"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/hopper"))
+    parser.add_argument("--output", type=Path, help="folder to write to, runs/hopper for Hopper-v5")
     args = parser.parse_args()
     if args.timesteps < args.eval_freq:
         parser.error(f"--timesteps {args.timesteps} must be at least --eval-freq {args.eval_freq}: no curve otherwise.")
+    args.output = args.output or Path("runs") / args.env.split("-")[0].lower()
     args.output.mkdir(parents=True, exist_ok=True)
 
     rows: list[dict[str, Any]] = []
@@ -184,8 +187,8 @@ def main() -> None:
                 )
 
             run_seed(args, seed, record)
-    print_table(rows, args.denoiser, len(args.seeds))
-    plot(rows, args.denoiser, args.output / f"{args.denoiser}.png")
+    print_table(rows, args.env, args.denoiser, len(args.seeds))
+    plot(rows, args.env, args.denoiser, args.output / f"{args.denoiser}.png")
     Console().print(f"curves: {args.output / args.denoiser}.csv   plot: {args.output / args.denoiser}.png")
 
 

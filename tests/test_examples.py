@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from stable_baselines3 import SAC
+
 from modip_sb3 import OfflineDataset
+from modip_sb3.datasets import collect, save_d4rl
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -26,11 +29,11 @@ def test_own_data(tmp_path: Path) -> None:
     assert (tmp_path / "cart.zip").exists()
 
 
+BUDGET = "--pretrain 6 --clone 4 --bc-gap 2 --timesteps 110 --episodes 2 --curve-episodes 1 --eval-freq 50".split()
+
+
 def test_finetune_hopper(tmp_path: Path) -> None:
-    budget = (
-        "--pretrain 6 --clone 4 --bc-gap 2 --timesteps 110 --episodes 2 --curve-episodes 1 --eval-freq 50 --output out"
-    )
-    printed = run_example("finetune_hopper.py", tmp_path, *budget.split())
+    printed = run_example("finetune_hopper.py", tmp_path, *BUDGET, "--output", "out")
     with open(tmp_path / "out" / "mlp.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["stage"], row["inference"], row["env_steps"], row["updates"]) for row in rows] == [
@@ -49,6 +52,14 @@ def test_finetune_hopper(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "mlp.png").stat().st_size > 10_000
     assert list((tmp_path / "out" / "tensorboard").iterdir())
     assert all(label in printed for label in ("BC continued (control)", "MODIP, policy alone", "policy + planner"))
+
+
+def test_finetune_walker2d_from_an_hdf5_file(tmp_path: Path) -> None:
+    data = collect(SAC("MlpPolicy", "Walker2d-v5", seed=0), "Walker2d-v5", num_steps=100, seed=0)
+    save_d4rl(data, tmp_path / "walker2d.hdf5")
+    printed = run_example("finetune_hopper.py", tmp_path, *BUDGET, "--env", "Walker2d-v5", "--dataset", "walker2d.hdf5")
+    assert "Walker2d-v5, mlp denoiser" in printed
+    assert {"mlp.csv", "mlp.png"} <= {path.name for path in (tmp_path / "runs" / "walker2d").iterdir()}
 
 
 def test_make_hopper_dataset(tmp_path: Path) -> None:
