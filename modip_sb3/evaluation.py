@@ -14,11 +14,19 @@ from modip_sb3.policies import ActingMode
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Returns and lengths of evaluation episodes, and who acted in them."""
+    """
+    Returns and lengths of evaluation episodes, and who acted in them.
+
+    :param inference: who acted
+    :param returns: ``(E,)``
+    :param lengths: ``(E,)``, in environment steps
+    :param successes: ``(E,)`` bool, ``info["is_success"]`` at the end of each episode; None where there is none
+    """
 
     inference: ActingMode
     returns: np.ndarray
     lengths: np.ndarray
+    successes: np.ndarray | None = None
 
     @property
     def mean(self) -> float:
@@ -29,6 +37,11 @@ class Evaluation:
     def standard_error(self) -> float:
         """Standard error of the mean return; 0 for a single episode."""
         return float(self.returns.std(ddof=1) / np.sqrt(len(self.returns))) if len(self.returns) > 1 else 0.0
+
+    @property
+    def success_rate(self) -> float | None:
+        """Share of the episodes that ended in success; None where the environment does not say."""
+        return None if self.successes is None else float(self.successes.mean())
 
 
 def evaluate(
@@ -59,13 +72,25 @@ def evaluate(
     if statistics is not None and statistics.norm_obs:
         env = VecNormalize(env, training=False, norm_reward=False, norm_obs_keys=statistics.norm_obs_keys)
         env.obs_rms, env.clip_obs, env.epsilon = statistics.obs_rms, statistics.clip_obs, statistics.epsilon
+    successes: list[bool] = []
+
+    def record_success(local_variables: dict[str, Any], _: dict[str, Any]) -> None:
+        info = local_variables["info"]
+        if local_variables["done"] and "is_success" in info:
+            successes.append(bool(info["is_success"]))
+
     previous = model.inference
     model.inference = inference
     try:
         returns, lengths = evaluate_policy(
-            model, env, n_eval_episodes=n_episodes, deterministic=deterministic, return_episode_rewards=True
+            model,
+            env,
+            n_eval_episodes=n_episodes,
+            deterministic=deterministic,
+            callback=record_success,
+            return_episode_rewards=True,
         )
     finally:
         model.inference = model.policy.inference = previous
         env.close()
-    return Evaluation(inference, np.asarray(returns), np.asarray(lengths))
+    return Evaluation(inference, np.asarray(returns), np.asarray(lengths), np.array(successes) if successes else None)
