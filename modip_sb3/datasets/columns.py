@@ -8,7 +8,7 @@ import numpy as np
 
 Observations: TypeAlias = np.ndarray | dict[str, np.ndarray]
 
-BLOCK = 16_384  # rows read at a time, so that a column is never held twice
+BLOCK = 4096  # rows read at a time, so that a column is never held twice
 
 
 def by_key(observations: Any) -> dict[str, Any]:
@@ -95,12 +95,12 @@ def as_flags(values: Any, name: str, source: str) -> np.ndarray:
     :raises ValueError: if there is any other value
     """
     flags = np.asarray(values)
-    if not np.isin(flags, (0, 1)).all():
+    if flags.dtype != bool and not ((flags == 0) | (flags == 1)).all():
         raise ValueError(
             f"Offline dataset {source}: {name} hold values from {flags.min()} to {flags.max()}, "
             "expected only 0 and 1; check which array is which."
         )
-    return flags.astype(bool)
+    return flags.astype(bool, copy=False)
 
 
 def take(observations: Any, rows: np.ndarray | None = None) -> Observations:

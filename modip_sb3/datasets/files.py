@@ -8,6 +8,9 @@ from pathlib import Path
 
 import h5py
 
+# HDF5 keeps the description of every group it has opened, some 30 kB an episode, until the file is closed
+EPISODES_AT_A_TIME = 32
+
 
 @contextmanager
 def open_hdf5(path: str | PathLike[str]) -> Iterator[h5py.File]:
@@ -24,10 +27,19 @@ def open_hdf5(path: str | PathLike[str]) -> Iterator[h5py.File]:
         raise FileNotFoundError(f"Offline dataset {path}: no such file, expected an HDF5 file; check the path.")
     if path.stat().st_size == 0:
         raise ValueError(f"Offline dataset {path}: the file is empty, expected HDF5; fetch or write it again.")
+    with explained(path), h5py.File(path, "r") as file:
+        yield file
+
+
+@contextmanager
+def explained(path: str | PathLike[str]) -> Iterator[None]:
+    """
+    :param path: what is read within
+    :raises ValueError: for what h5py raises on a bad signature, a truncated file or a damaged chunk
+    """
     try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except OSError as error:  # what h5py raises on a bad signature, a truncated file or a damaged chunk
+        yield
+    except OSError as error:
         raise ValueError(
             f"Offline dataset {path}: cannot be read as HDF5 ({error}), "
             "expected a whole HDF5 file; fetch or write it again."

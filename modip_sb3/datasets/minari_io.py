@@ -4,6 +4,7 @@ import os
 import warnings
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from minari.namespace import create_namespace, list_local_namespaces
 from minari.storage import get_dataset_path
 
 from modip_sb3.datasets.columns import by_key, join, unkeyed
+from modip_sb3.datasets.files import EPISODES_AT_A_TIME
 from modip_sb3.datasets.offline import OfflineDataset
 
 _ROOT = "MINARI_DATASETS_PATH"
@@ -114,7 +116,9 @@ def _check_spaces(dataset: minari.MinariDataset, source: str | PathLike[str]) ->
 
 def _episodes(dataset: minari.MinariDataset) -> Generator[dict[str, Any], None, None]:
     """The columns of each episode; a recording that just stopped is truncated."""
-    for episode in dataset.iterate_episodes():
+    indices = dataset.episode_indices
+    parts = (indices[start : start + EPISODES_AT_A_TIME] for start in range(0, len(indices), EPISODES_AT_A_TIME))
+    for episode in chain.from_iterable(map(dataset.iterate_episodes, parts)):  # each part opens the file anew
         truncations = episode.truncations.copy()
         truncations[-1] |= not episode.terminations[-1]
         ends = episode.terminations | truncations
@@ -187,9 +191,7 @@ def new_minari_folder(dataset_id: str, path: str | PathLike[str] | None = None) 
     with _minari_root(path):
         folder = get_dataset_path(dataset_id)
     if folder.exists():
-        raise FileExistsError(
-            f"Minari dataset {dataset_id}: {folder} exists and is not replaced; choose another id or folder."
-        )
+        raise FileExistsError(f"Minari dataset {dataset_id}: {folder} exists and is not replaced; choose another.")
     return folder
 
 

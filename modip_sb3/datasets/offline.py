@@ -14,7 +14,6 @@ from numpy.typing import ArrayLike
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from modip_sb3.datasets.columns import (
-    BLOCK,
     Observations,
     as_flags,
     by_key,
@@ -278,8 +277,8 @@ class OfflineDataset:
 
     def _check_finite(self, name: str, array: np.ndarray) -> None:
         flat = array.reshape(-1)
-        starts = range(0, flat.size, BLOCK)
-        faults = [start + np.flatnonzero(~np.isfinite(flat[start : start + BLOCK])) for start in starts]
+        size = 1_000_000  # numbers at a time, so that no mask of the whole is needed
+        faults = [s + np.flatnonzero(~np.isfinite(flat[s : s + size])) for s in range(0, flat.size, size)]
         if count := sum(map(len, faults)):
             first = np.unravel_index(np.concatenate(faults)[0], array.shape)
             self._fail(

@@ -1,7 +1,8 @@
 """Read and write robomimic's HDF5 layout: one group ``data/demo_i`` per episode."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import h5py
 import numpy as np
 
 from modip_sb3.datasets.columns import by_key, join
-from modip_sb3.datasets.files import new_hdf5, open_hdf5
+from modip_sb3.datasets.files import EPISODES_AT_A_TIME, explained, new_hdf5, open_hdf5
 from modip_sb3.datasets.offline import OfflineDataset
 
 _ARM_KEYS = ["robot{}_eef_pos", "robot{}_eef_quat", "robot{}_gripper_qpos"]
@@ -38,16 +39,31 @@ def read_robomimic(
     :raises ValueError: If it is not a whole HDF5 file, lacks a key, or its arrays do not fit together.
     """
     path = Path(path).expanduser()
-    with open_hdf5(path) as file:
-        try:
-            demos = _demos(file, filter_key)
-            keys = _low_dim_keys(file["data"][demos[0]], obs_keys)
-            steps = sum(_count_steps(file["data"][name], keys) for name in demos)
-            columns = join((_read_demo(file["data"][name], keys) for name in demos), steps)
-            env_name = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_name")
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"robomimic dataset {path}: {error.args[0]}.") from error
+    with open_hdf5(path) as file, _explained(path):
+        demos = _demos(file, filter_key)
+        keys = _low_dim_keys(file["data"][demos[0]], obs_keys)
+        env_name = json.loads(file["data"].attrs.get("env_args", "{}")).get("env_name")
+    with explained(path), _explained(path), closing(_groups(path, demos)) as groups:
+        steps = sum(_count_steps(demo, keys) for demo in groups)
+    with explained(path), _explained(path), closing(_groups(path, demos)) as groups:
+        columns = join((_read_demo(demo, keys) for demo in groups), steps)
     return OfflineDataset.from_arrays(**columns, env_id=env_name or None, source=str(path))
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever is missing or does not fit, in one sentence that names the file."""
+    try:
+        yield
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"robomimic dataset {path}: {error.args[0]}.") from error
+
+
+def _groups(path: Path, demos: list[str]) -> Generator[h5py.Group, None, None]:
+    """The demonstrations' groups, from a file that is opened anew now and then to free what HDF5 keeps of them."""
+    for start in range(0, len(demos), EPISODES_AT_A_TIME):
+        with h5py.File(path, "r") as file:
+            yield from (file["data"][name] for name in demos[start : start + EPISODES_AT_A_TIME])
 
 
 def _demos(file: h5py.File, filter_key: str | None) -> list[str]:
@@ -63,6 +79,18 @@ def _demos(file: h5py.File, filter_key: str | None) -> list[str]:
     return sorted(names, key=lambda name: int(name.removeprefix("demo_")))
 
 
+def default_obs_keys(available: Iterable[str]) -> list[str]:
+    """
+    :param available: low-dimensional observations that there are
+    :return: those of robomimic's low-dim benchmark in its order, if they are there; else all of them
+    """
+    known = list(available)
+    arms = [[key.format(robot) for key in _ARM_KEYS] for robot in range(2)]
+    if not {*arms[0], "object"} <= set(known):
+        return known
+    return [*arms[0], *(arms[1] if set(arms[1]) <= set(known) else []), "object"]
+
+
 def _low_dim_keys(demo: h5py.Group, obs_keys: Sequence[str] | None) -> list[str]:
     if "obs" not in demo:
         raise ValueError(
@@ -72,10 +100,7 @@ def _low_dim_keys(demo: h5py.Group, obs_keys: Sequence[str] | None) -> list[str]
     shapes = {key: values.shape[1:] for key, values in demo["obs"].items()}
     low_dim = [key for key, shape in shapes.items() if len(shape) <= 1]
     if obs_keys is None:
-        arms = [[key.format(robot) for key in _ARM_KEYS] for robot in range(2)]
-        if not {*arms[0], "object"} <= set(low_dim):
-            return low_dim
-        return [*arms[0], *(arms[1] if set(arms[1]) <= set(low_dim) else []), "object"]
+        return default_obs_keys(low_dim)
     unknown = [key for key in obs_keys if key not in shapes]
     if unknown or not obs_keys:
         raise ValueError(f"obs_keys={list(obs_keys)} names {unknown or 'nothing'}, expected keys of {sorted(shapes)}")
