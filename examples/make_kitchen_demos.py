@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import mujoco
@@ -52,7 +53,7 @@ class Hand:
         self.first_posture = self.data.qpos[:7].copy()
         self.first_rotation = self._site().xmat.reshape(3, 3).copy()
 
-    def _site(self) -> mujoco.MjData:
+    def _site(self) -> Any:
         return self.data.site("end_effector")
 
     @property
@@ -74,7 +75,7 @@ class Hand:
         fingers: float = CLOSED,
         until: Callable[[], bool] = lambda: False,
         tolerance: float = 0.02,
-        max_steps: int = 40,
+        max_steps: int = 60,
     ) -> Actions:
         """Go straight to a point, until it is reached or something else is."""
         for _ in range(max_steps):
@@ -99,7 +100,7 @@ class Hand:
         return _shortened(0.5 * np.cross(now.T, self.first_rotation.T).sum(axis=0), 0.15)
 
     def _joint_step(self, wanted: np.ndarray) -> np.ndarray:
-        """``(7,)`` rad for the wanted ``(6,)`` translation and 0.3 times rotation, with joints kept off their limits."""
+        """``(7,)`` rad for the wanted ``(6,)`` translation and 0.3 times rotation, with the joints within limits."""
         jacobian = np.zeros((6, self.model.nv))
         mujoco.mj_jacSite(self.model, self.data, jacobian[:3], jacobian[3:], self._site().id)
         jacobian = jacobian[:, :7] * np.array([[1], [1], [1], [0.3], [0.3], [0.3]])
@@ -127,8 +128,8 @@ def slide_cabinet(hand: Hand) -> Actions:
     """Push the handle to the right."""
     yield from hand.move(hand.point("slide_site", -0.09, -0.12, 0, spread=0.02))
     yield from hand.move(hand.point("slide_site", -0.08, -0.02, 0, spread=0.005))
-    target = hand.point("slide_site", 0.3, -0.02, 0)
-    yield from hand.move(target, until=lambda: hand.joint("slide_cabinet") > hand.rng.uniform(0.15, 0.3))
+    target, opened = hand.point("slide_site", 0.3, -0.02, 0), hand.rng.uniform(0.15, 0.3)
+    yield from hand.move(target, until=lambda: hand.joint("slide_cabinet") > opened)
     yield from back_off(hand)
 
 
@@ -143,9 +144,9 @@ def light_switch(hand: Hand) -> Actions:
 
 def bottom_burner(hand: Hand) -> Actions:
     """Push the upper half of the knob to the right."""
-    yield from hand.move(hand.point("knob2_site", -0.06, -0.12, 0.035, spread=0.02))
-    yield from hand.move(hand.point("knob2_site", -0.06, -0.02, 0.035, spread=0.004), max_steps=8)
-    target = hand.point("knob2_site", 0.1, -0.02, 0.035)
+    yield from hand.move(hand.point("knob2_site", -0.06, -0.12, 0.03, spread=0.02))
+    yield from hand.move(hand.point("knob2_site", -0.06, -0.03, 0.03, spread=0.003), max_steps=8)
+    target = hand.point("knob2_site", 0.1, -0.03, 0.03)
     yield from hand.move(target, until=lambda: hand.joint("knob_Joint_2") < -0.75, max_steps=20)
     yield from back_off(hand)
 
@@ -166,19 +167,20 @@ def microwave(hand: Hand) -> Actions:
     yield from hand.move(hand.point("microhandle_site", 0, -0.01, 0, spread=0.005), OPEN, tolerance=0.012, max_steps=15)
     yield from (hand.action(hand.point("microhandle_site", 0, -0.01, 0), CLOSED) for _ in range(4))
     hinge = hand.data.body("microdoorroot").xpos
+    opened = -hand.rng.uniform(0.55, 0.65)
     for _ in range(30):
-        if hand.joint("microwave") < -0.65:
+        if hand.joint("microwave") < opened:
             break
         radius = hand.point("microhandle_site") - hinge
         tangent = np.array([radius[1], -radius[0], 0]) / np.linalg.norm(radius)
         yield hand.action(hand.position + hand.step_size * tangent, CLOSED)
     yield from (hand.action(hand.position, OPEN) for _ in range(2))
-    yield from back_off(hand, OPEN)
+    yield from hand.move(hand.position - [0, 0.05, 0], OPEN, max_steps=4)
 
 
-def back_off(hand: Hand, fingers: float = CLOSED) -> Actions:
+def back_off(hand: Hand) -> Actions:
     """Leave the furniture."""
-    yield from hand.move(hand.position - [0, hand.rng.uniform(0.08, 0.14), 0], fingers, max_steps=6)
+    yield from hand.move(hand.position - [0, hand.rng.uniform(0.08, 0.14), 0], max_steps=6)
 
 
 SUBTASKS = {
@@ -224,8 +226,11 @@ def record(index: int, seed: int, tasks: str, noise: float) -> tuple[OfflineData
         if terminated or truncated:
             break
     env.close()
-    columns = map(np.array, zip(*steps, strict=True))
-    return OfflineDataset.from_arrays(*columns, final_observations=obs[None]), info["completed_tasks"]
+    observations, actions, rewards, terminations, truncations = map(np.array, zip(*steps, strict=True))
+    episode = OfflineDataset.from_arrays(
+        observations, actions, rewards, terminations, truncations, final_observations=obs[None]
+    )
+    return episode, info["completed_tasks"]
 
 
 def print_table(dataset: OfflineDataset, completed: list[list[str]], tasks: str) -> None:
@@ -239,26 +244,41 @@ def print_table(dataset: OfflineDataset, completed: list[list[str]], tasks: str)
     Console().print(table)
 
 
+def make_demos(
+    path: Path, num_episodes: int, tasks: str = "complete", noise: float = 0.1, seed: int = 0, workers: int = 1
+) -> None:
+    """
+    Record episodes, say what was completed in them, and write them in D4RL's layout.
+
+    :param path: The file, which must not exist.
+    :param num_episodes: How many; the first ones are the same in every number.
+    :param tasks: The set of subtasks.
+    :param noise: Standard deviation of the noise on the arm's actions.
+    :param seed: Of all episodes.
+    :param workers: Processes that share the work.
+    """
+    job = partial(record, seed=seed, tasks=tasks, noise=noise)
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        done = pool.map(job, range(num_episodes))
+        episodes, completed = zip(*tqdm(done, total=num_episodes, desc="episodes"), strict=True)
+    dataset = replace(concatenate(episodes, source="a scripted hand"), env_id=ENV_ID)
+    print_table(dataset, list(completed), tasks)
+    save_d4rl(dataset, path)
+    Console().print(f"{path}: {dataset.num_episodes:,} episodes, {dataset.num_transitions:,} steps", soft_wrap=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--episodes", type=int, default=200)
     parser.add_argument("--tasks", choices=sorted(TASKS), default="complete", help="the set of subtasks")
-    parser.add_argument("--noise", type=float, default=0.05, help="on the arm's actions, which reach from -1 to 1")
+    parser.add_argument("--noise", type=float, default=0.1, help="on the arm's actions, which reach from -1 to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes; the data does not depend on it")
     parser.add_argument("--output", type=Path, default=Path("runs/kitchen/demos.hdf5"), help="HDF5 file, D4RL's layout")
     args = parser.parse_args()
     if args.output.exists():
         parser.error(f"{args.output} exists and is not replaced; choose another path, or remove it first.")
-
-    job = partial(record, seed=args.seed, tasks=args.tasks, noise=args.noise)
-    with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
-        done = pool.map(job, range(args.episodes))
-        episodes, completed = zip(*tqdm(done, total=args.episodes, desc="episodes"), strict=True)
-    dataset = replace(concatenate(episodes, source="a scripted hand"), env_id=ENV_ID)
-    print_table(dataset, list(completed), args.tasks)
-    path = save_d4rl(dataset, args.output)
-    Console().print(f"{path}: {dataset.num_episodes:,} episodes, {dataset.num_transitions:,} steps", soft_wrap=True)
+    make_demos(args.output, args.episodes, args.tasks, args.noise, args.seed, args.workers)
 
 
 if __name__ == "__main__":

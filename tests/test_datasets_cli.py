@@ -242,7 +242,7 @@ def test_inspect_in_a_process_of_its_own(tmp_path: Path, minari_root: Path) -> N
 def test_inspect_faults(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     minari_io.save_minari(make_dataset(), DATASET_ID)
     fails(capsys, ["inspect", "nowhere.hdf5"], "nowhere.hdf5: no such file")
-    fails(capsys, ["inspect", DATASET_ID, "--obs-keys", "object"], "no robomimic file", "['obs_keys']")
+    fails(capsys, ["inspect", DATASET_ID, "--obs-keys", "object"], "obs_keys=['object'] names no vectors of its Box")
     fails(capsys, ["inspect", DATASET_ID, "--top-fraction", "2"], "top_fraction=2.0")
     fails(capsys, ["inspect", DATASET_ID, "--env", "Nothing-v0"], "Environment Nothing-v0: cannot be made")
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # what Python makes of a package that is not installed

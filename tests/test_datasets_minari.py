@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,6 +16,7 @@ import minari
 import numpy as np
 import pytest
 from episodes import COLUMNS, assert_same, fingerprints, in_one_sentence, make_arrays
+from gymnasium import spaces
 from minari.data_collector import EpisodeBuffer
 
 from modip_sb3.datasets import OfflineDataset, save_minari
@@ -215,3 +217,58 @@ def test_save_minari_refuses_what_it_cannot_write(arrays: dict, minari_root: Pat
     with pytest.raises(ValueError, match="use data of this environment"):
         save_minari(dataset, "test-v0", env="MountainCarContinuous-v0")
     assert not list(minari_root.iterdir())
+
+
+# ------------------------------------------------------------- goals in a Dict
+
+
+def write_kitchen(dataset_id: str) -> list[np.ndarray]:
+    """Two episodes in the spaces of D4RL/kitchen/complete-v2; return their observations, one more than steps."""
+    shapes = {"microwave": 1, "kettle": 7, "light switch": 2, "slide cabinet": 1}
+    goals = spaces.Dict({task: spaces.Box(-np.inf, np.inf, (size,), np.float64) for task, size in shapes.items()})
+    rows = spaces.Box(-np.inf, np.inf, (59,), np.float64)
+    space = spaces.Dict({"achieved_goal": goals, "desired_goal": goals, "observation": rows})
+    rng = np.random.default_rng(0)
+    buffers = []
+    for length in (5, 3):
+        achieved = {task: rng.normal(size=(length + 1, size)) for task, size in shapes.items()}
+        desired = {task: np.ones((length + 1, size)) for task, size in shapes.items()}
+        observations = {"observation": rng.normal(size=(length + 1, 59)), "achieved_goal": achieved}
+        buffers.append(
+            EpisodeBuffer(
+                observations=observations | {"desired_goal": desired},
+                actions=rng.uniform(-1, 1, (length, 9)),
+                rewards=rng.integers(0, 5, length).astype(float),
+                terminations=np.zeros(length, bool),
+                truncations=np.arange(length) == length - 1,
+                infos={},
+            )
+        )
+    actions = spaces.Box(-1.0, 1.0, (9,), np.float64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # Minari's advice to give every piece of metadata
+        minari.create_dataset_from_buffers(dataset_id, buffers, observation_space=space, action_space=actions)
+    return [buffer.observations["observation"] for buffer in buffers]
+
+
+def test_minari_vectors_of_a_goal_conditioned_environment(minari_root: Path) -> None:
+    episodes = write_kitchen("D4RL/kitchen/complete-v2")
+    before = fingerprints(minari_root)
+    source = {"dataset": "D4RL/kitchen/complete-v2", "obs_keys": ["observation"]}
+    dataset = OfflineDataset.load(source)
+    assert dataset.observations.shape == (8, 59) and dataset.actions.shape == (8, 9)
+    np.testing.assert_allclose(dataset.observations, np.concatenate([rows[:-1] for rows in episodes]), rtol=1e-6)
+    np.testing.assert_allclose(dataset.final_observations, [rows[-1] for rows in episodes], rtol=1e-6)
+    assert dataset.episode_lengths.tolist() == [5, 3] and not dataset.terminations.any()
+    best = OfflineDataset.load(source | {"top_fraction": 0.5})
+    assert best.num_episodes == 1
+    twice = OfflineDataset.load(source | {"obs_keys": ["observation", "observation"]})
+    np.testing.assert_array_equal(twice.observations, np.tile(dataset.observations, 2))
+    for keys in (["observation", "state"], ["desired_goal"], []):
+        with pytest.raises(ValueError) as error:
+            OfflineDataset.load(source | {"obs_keys": keys})
+        in_one_sentence(error, f"obs_keys={keys} names no vectors of its Dict space", "some of ['observation']")
+    with pytest.raises(ValueError) as error:
+        OfflineDataset.load("D4RL/kitchen/complete-v2")
+    in_one_sentence(error, "holds a Dict space where a Box was expected", "choose vectors of a Dict with obs_keys")
+    assert fingerprints(minari_root) == before

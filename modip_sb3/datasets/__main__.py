@@ -137,7 +137,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
     options = parser.add_argument_group("what to take of it")
     options.add_argument("--top-fraction", type=float, metavar="F", help="only this share of the episodes, the best")
     options.add_argument("--min-return", type=float, metavar="R", help="only episodes with at least this return")
-    options.add_argument("--obs-keys", nargs="+", metavar="KEY", help="robomimic: low-dimensional observations to take")
+    options.add_argument(
+        "--obs-keys", nargs="+", metavar="KEY", help="robomimic, Minari: vectors to take, side by side"
+    )
     options.add_argument("--filter-key", metavar="NAME", help="robomimic: only the episodes of mask/NAME")
 
 
@@ -177,7 +179,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=["minari", "d4rl", "robomimic"],
-        help="by default minari for an id, d4rl for an .hdf5 file; robomimic keeps no unrewarded terminations",
+        help="by default minari for an id, d4rl for an .hdf5 file",
     )
     parser.add_argument("--env", metavar="ID", help="its environment, if the data names none or another")
     parser.add_argument("--path", metavar="FOLDER", help="folder of Minari datasets (MINARI_DATASETS_PATH)")

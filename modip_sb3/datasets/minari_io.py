@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import chain
 from os import PathLike
@@ -28,16 +28,18 @@ from modip_sb3.datasets.offline import OfflineDataset
 _ROOT = "MINARI_DATASETS_PATH"
 
 
-def read_minari(id_or_folder: str | PathLike[str]) -> OfflineDataset:
+def read_minari(id_or_folder: str | PathLike[str], obs_keys: Sequence[str] | None = None) -> OfflineDataset:
     """
-    Read a Minari dataset with a Box or flat Dict observation space.
+    Read a Minari dataset with a Box or flat Dict observation space, or some vectors of any Dict space.
 
     :param id_or_folder: An id such as ``"mujoco/hopper/medium-v0"``, or a folder that holds a dataset. An id that is
         not there is downloaded with ``minari.download_dataset``.
+    :param obs_keys: Keys of a Dict observation space, whose vectors are put side by side in one; of a goal-conditioned
+        environment, such as the kitchen, ``["observation"]`` leaves the goals out. By default all keys are kept apart.
     :return: The dataset, with the id of the environment it was recorded on if it names one.
     :raises FileNotFoundError: If there is no such folder, and no such id in Minari's remote storage either.
     :raises ConnectionError: If an id is not there, and the remote storage cannot be reached.
-    :raises ValueError: If its spaces are not supported, or its files are damaged.
+    :raises ValueError: If its spaces are not supported, it lacks a key, or its files are damaged.
     """
     folder = _minari_folder(Path(id_or_folder)) or _folder_of_id(str(id_or_folder))
     with _explained(id_or_folder):
@@ -47,8 +49,11 @@ def read_minari(id_or_folder: str | PathLike[str]) -> OfflineDataset:
         if missing:
             raise ValueError(f"{METADATA_FILE_NAME} lacks {sorted(missing)}")
         dataset = minari.MinariDataset(folder)
-    _check_spaces(dataset, id_or_folder)
-    with _explained(id_or_folder), closing(_episodes(dataset)) as episodes:  # closes the file after a fault, too
+    _check_spaces(dataset, id_or_folder, obs_keys)
+    with (
+        _explained(id_or_folder),
+        closing(_episodes(dataset, obs_keys)) as episodes,
+    ):  # closes the file after a fault, too
         columns = join(episodes, dataset.total_steps)
     env_id = dataset.env_spec.id if dataset.env_spec is not None else None
     return OfflineDataset.from_arrays(**columns, env_id=env_id, source=str(id_or_folder))
@@ -103,18 +108,29 @@ def _download(dataset_id: str, root: Path) -> None:
         ) from error
 
 
-def _check_spaces(dataset: minari.MinariDataset, source: str | PathLike[str]) -> None:
+def _check_spaces(dataset: minari.MinariDataset, source: str | PathLike[str], obs_keys: Sequence[str] | None) -> None:
     space = dataset.observation_space
-    parts = list(space.spaces.values()) if isinstance(space, spaces.Dict) else [space]
-    for found in (*parts, dataset.action_space):
+    parts = dict(space.spaces) if isinstance(space, spaces.Dict) else {"": space}
+    if obs_keys is not None:
+        vectors = sorted(
+            key for key, part in parts.items() if key and isinstance(part, spaces.Box) and len(part.shape) == 1
+        )
+        if not obs_keys or not set(obs_keys) <= set(vectors):
+            raise ValueError(
+                f"Minari dataset {source}: obs_keys={list(obs_keys)} names no vectors of its {type(space).__name__} "
+                f"space, expected some of {vectors}; name others, or leave obs_keys out."
+            )
+        parts = {key: parts[key] for key in obs_keys}
+    for found in (*parts.values(), dataset.action_space):
         if isinstance(found, spaces.Dict | spaces.Tuple | spaces.Text):
             raise ValueError(
                 f"Minari dataset {source}: holds a {type(found).__name__} space where a Box was expected: "
-                "observations are a Box or a Dict of Box, and actions a Box; flatten it first."
+                "observations are a Box or a Dict of Box, and actions a Box; flatten it first, "
+                "or choose vectors of a Dict with obs_keys."
             )
 
 
-def _episodes(dataset: minari.MinariDataset) -> Generator[dict[str, Any], None, None]:
+def _episodes(dataset: minari.MinariDataset, obs_keys: Sequence[str] | None) -> Generator[dict[str, Any], None, None]:
     """The columns of each episode; a recording that just stopped is truncated."""
     indices = dataset.episode_indices
     parts = (indices[start : start + EPISODES_AT_A_TIME] for start in range(0, len(indices), EPISODES_AT_A_TIME))
@@ -123,6 +139,8 @@ def _episodes(dataset: minari.MinariDataset) -> Generator[dict[str, Any], None, 
         truncations[-1] |= not episode.terminations[-1]
         ends = episode.terminations | truncations
         observations = by_key(episode.observations)  # one more than steps
+        if obs_keys is not None:
+            observations = {"": np.concatenate([observations[key] for key in obs_keys], axis=1)}
         yield {
             "observations": unkeyed({key: part[:-1] for key, part in observations.items()}),
             "actions": episode.actions,

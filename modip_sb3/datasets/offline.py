@@ -120,7 +120,7 @@ class OfflineDataset:
             - a mapping of the arrays that ``from_arrays`` takes,
             - a dataset, which is returned as it is,
             - a mapping ``{"dataset": <any of these>, ...}`` with options beside it: ``min_return`` and ``top_fraction``
-              of :meth:`select`, and for robomimic ``obs_keys`` and ``filter_key`` of ``read_robomimic``.
+              of :meth:`select`, ``obs_keys`` of ``read_robomimic`` and ``read_minari``, ``filter_key`` of the former.
 
         :return: The dataset.
         :raises FileNotFoundError: If there is no such file, folder or dataset.

@@ -19,7 +19,7 @@ from modip_sb3.datasets.robomimic import read_robomimic
 _REQUIRED = {"observations", "actions", "rewards", "terminations", "truncations"}
 _OPTIONAL = {"final_observations", "next_observations", "env_id", "source"}
 _FILTERS = {"min_return", "top_fraction"}
-_ROBOMIMIC = {"obs_keys", "filter_key"}
+_READING = {"obs_keys", "filter_key"}
 _HDF5_SUFFIXES = {".hdf5", ".h5"}
 _PICKLE_SUFFIXES = {".pkl", ".pickle"}
 
@@ -91,33 +91,33 @@ def load_source(source: DatasetSource) -> OfflineDataset:
 
 
 def _load_with_options(dataset: Any, **options: Any) -> OfflineDataset:
-    unknown = options.keys() - _FILTERS - _ROBOMIMIC
+    unknown = options.keys() - _FILTERS - _READING
     if unknown:
         raise ValueError(
             f"Offline dataset {{'dataset': {_short(dataset)}, ...}}: has unknown options {sorted(unknown)}; expected "
-            f"some of {sorted(_FILTERS | _ROBOMIMIC)}, and 'weight' where several are given."
+            f"some of {sorted(_FILTERS | _READING)}, and 'weight' where several are given."
         )
-    keys = {name: value for name, value in options.items() if name in _ROBOMIMIC}
+    keys = {name: value for name, value in options.items() if name in _READING}
     loaded = _load_path(dataset, **keys) if keys else load_source(dataset)
     return loaded.select(**{name: value for name, value in options.items() if name in _FILTERS})
 
 
-def _load_path(source: Any, **robomimic_options: Any) -> OfflineDataset:
+def _load_path(source: Any, **options: Any) -> OfflineDataset:
     path = Path(source).expanduser() if isinstance(source, str | PathLike) else Path()
     if path.suffix.lower() in _HDF5_SUFFIXES or (path.is_file() and h5py.is_hdf5(path)):
         with open_hdf5(path) as file:
             is_robomimic = isinstance(file.get("data"), h5py.Group)
         if is_robomimic:
-            return read_robomimic(path, **robomimic_options)
-        if not robomimic_options:
+            return read_robomimic(path, **options)
+        if not options:
             return read_d4rl(path)
-    if robomimic_options:
+    elif isinstance(source, str | PathLike) and not path.is_file() and "filter_key" not in options:
+        return read_minari(source, **options)
+    if options:
         raise ValueError(
-            f"Offline dataset {_short(source)}: is no robomimic file, the only kind that takes "
-            f"{sorted(robomimic_options)}; leave them out."
+            f"Offline dataset {_short(source)}: takes no {sorted(options)}: 'filter_key' is for robomimic files, and "
+            "'obs_keys' for those and Minari datasets; leave them out."
         )
-    if not path.is_file():
-        return read_minari(source)
     if path.suffix.lower() in _PICKLE_SUFFIXES:
         raise ValueError(
             f"Offline dataset {path}: a pickle, which is not opened here because it can run any code; if you trust it, "

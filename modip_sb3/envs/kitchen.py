@@ -22,7 +22,7 @@ class KitchenEnv(gym.Env):
     Observations are FrankaKitchen-v1's 59 values: 9 positions and 9 velocities of the robot's joints, 21 positions and
     20 velocities of the kitchen's. D4RL's own environment had 60: the same 30 positions, then 30 values of the goal,
     which never change within a task set, and no velocities. Actions are nine joint velocities in units of 2 rad/s
-    (fingers: 2 m/s), held for 80 ms. Every episode starts in the same state; only the sensors' noise depends on the seed.
+    (fingers: 2 m/s), held for 80 ms. Every episode starts in the same state; the seed is that of the sensors' noise.
 
     ``info`` holds ``completed_tasks`` (the subtasks completed so far, in that order), ``completed`` (their number),
     ``completed_fraction`` (of the four, D4RL's normalised score / 100) and ``is_success`` (all four).
