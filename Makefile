@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(STALE)
 
 # On top of the other stamp, so that 'make -j demo test' never installs twice at once.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e ".[dev,plots,zoo,robomimic]"
+	$(INSTALL) -e ".[dev,plots,zoo,kitchen,robomimic]"
 	$(INSTALL) --no-deps robomimic==0.3.0  # it asks for torchvision, which the data does not need and a CPU build lacks
 	@touch $@
 

@@ -85,8 +85,10 @@ def trained(folder: Path) -> Path:
 
 def test_every_id_has_settings_and_data_of_its_own() -> None:
     ids = {env_id for env_id in gym.registry if env_id.startswith("modip/")}
-    assert {env_id for env_id in CONFIG if env_id.startswith("modip/")} == ids and len(ids) == 10
-    for env_id in ids:
+    assert {env_id for env_id in CONFIG if env_id.startswith("modip/")} == ids
+    mujoco = {env_id for env_id in ids if env_id.endswith("-v5")}
+    assert len(mujoco) == 10
+    for env_id in mujoco:
         task, data = env_id.removeprefix("modip/").removesuffix("-v5").split("-", 1)
         shipped = f"examples/data/modip/{task}/{data}-v0"
         expected = shipped if (ROOT / shipped).is_dir() else f"mujoco/{task}/{data}-v0"
@@ -100,7 +102,11 @@ def test_every_id_has_settings_and_data_of_its_own() -> None:
 def test_every_entry_makes_a_model(env_id: str) -> None:
     settings = dict(CONFIG[env_id])
     assert settings.pop("n_timesteps") > 0
-    model = MODIP(env=gym.make("Pendulum-v1" if env_id == "default" else env_id), **settings)
+    try:
+        env = gym.make("Pendulum-v1" if env_id == "default" else env_id)
+    except ImportError as error:  # which names the extra to install
+        pytest.skip(str(error))
+    model = MODIP(env=env, **settings)
     assert model.offline_dataset == settings.get("offline_dataset")
 
 

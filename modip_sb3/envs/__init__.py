@@ -19,3 +19,18 @@ for _task, (_base_id, _datasets) in TASKS.items():
             max_episode_steps=_base.max_episode_steps,
             kwargs=_base.kwargs,
         )
+
+# Minari's D4RL data is rewarded in each step for every subtask that holds, and goes on after the last
+for _dataset in ("complete", "partial", "mixed"):
+    gym.register(
+        f"modip/kitchen-{_dataset}-v1",
+        entry_point="modip_sb3.envs.kitchen:KitchenEnv",
+        max_episode_steps=280,
+        kwargs={"tasks": _dataset, "terminate_on_tasks_completed": False, "remove_task_when_completed": False},
+    )
+gym.register(
+    "modip/kitchen-scripted-v1",
+    entry_point="modip_sb3.envs.kitchen:KitchenEnv",
+    max_episode_steps=280,
+    kwargs={"tasks": "complete"},
+)
