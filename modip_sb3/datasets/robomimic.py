@@ -142,7 +142,13 @@ def _name(demo: h5py.Group) -> str:
     return demo.name.rsplit("/", 1)[-1]
 
 
-def save_robomimic(dataset: OfflineDataset, path: str | PathLike[str], env_args: dict[str, Any] | None = None) -> Path:
+def save_robomimic(
+    dataset: OfflineDataset,
+    path: str | PathLike[str],
+    env_args: dict[str, Any] | None = None,
+    states: Sequence[np.ndarray] | None = None,
+    models: Sequence[str] | None = None,
+) -> Path:
     """
     Write a dataset in robomimic's layout, which its ``SequenceDataset`` reads like any other.
 
@@ -151,6 +157,8 @@ def save_robomimic(dataset: OfflineDataset, path: str | PathLike[str], env_args:
     :param dataset: What to write; one array of observations is stored under the key "flat".
     :param path: The file, which must not exist. It appears once it is complete.
     :param env_args: robomimic's description of the environment; a gym environment of the dataset's id by default.
+    :param states: The simulator's states before each step, ``(T, state_dim)`` for each episode, if they are known.
+    :param models: The simulator's model of each episode as XML, if it is known.
     :return: The file's path.
     :raises FileExistsError: If there is such a file.
     """
@@ -164,6 +172,10 @@ def save_robomimic(dataset: OfflineDataset, path: str | PathLike[str], env_args:
             demo, steps = data.create_group(f"demo_{episode}"), slice(end + 1 - length, end + 1)
             demo.attrs["num_samples"] = length
             demo["actions"], demo["rewards"] = dataset.actions[steps], dataset.rewards[steps]
+            if states is not None:
+                demo["states"] = states[episode]
+            if models is not None:
+                demo.attrs["model_file"] = models[episode]
             demo["dones"] = demo[_TERMINALS] = dataset.terminations[steps].astype(np.int64)
             for key, values in observations.items():
                 demo[f"obs/{key or 'flat'}"] = values[steps]

@@ -2,6 +2,8 @@
 
 import gymnasium as gym
 
+from modip_sb3.envs.robomimic import benchmark_env_args
+
 # The environments of Minari's datasets, and the data that each task's id may name
 TASKS = {
     "hopper": ("Hopper-v5", ("simple", "medium", "expert", "sac-medium")),
@@ -34,3 +36,24 @@ gym.register(
     max_episode_steps=280,
     kwargs={"tasks": "complete"},
 )
+
+# robomimic's tasks, the steps that its benchmark gives them, and the data: its own, and that of our scripted robot
+ROBOMIMIC_TASKS = {
+    "lift": (benchmark_env_args("Lift"), 400, ("ph", "mh", "scripted")),
+    "can": (benchmark_env_args("PickPlaceCan"), 400, ("ph", "mh", "scripted")),
+    "square": (benchmark_env_args("NutAssemblySquare"), 400, ("ph", "mh")),
+    "transport": (
+        benchmark_env_args("TwoArmTransport", ["Panda", "Panda"], env_configuration="single-arm-opposed"),
+        700,
+        ("ph", "mh"),
+    ),
+}
+
+for _task, (_env_args, _max_episode_steps, _datasets) in ROBOMIMIC_TASKS.items():
+    for _dataset in _datasets:
+        gym.register(
+            f"modip/{_task}-{_dataset}-v1",
+            entry_point="modip_sb3.envs.robomimic:RobomimicEnv",
+            max_episode_steps=_max_episode_steps,
+            kwargs={"env_args": _env_args},
+        )
