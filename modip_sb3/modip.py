@@ -46,7 +46,8 @@ class MODIP(OfflineToOnlineAlgorithm):
     :param replay_buffer_kwargs: its keyword arguments
     :param optimize_memory_usage: accepted for SB3's sake, observations are never stored twice
     :param n_steps: rewards that the λ-returns look at before they bootstrap; 1 is the one-step TD target
-    :param offline_dataset: Minari id or folder, D4RL-layout HDF5 file, arrays or an :class:`OfflineDataset`
+    :param offline_dataset: Minari id or folder, D4RL or robomimic HDF5 file, SB3 replay buffer, arrays, or a list of
+        them, with options; see :meth:`OfflineDataset.load` and :func:`~modip_sb3.datasets.load_sources`
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
