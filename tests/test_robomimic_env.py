@@ -155,7 +155,10 @@ def test_images_show_the_robot() -> None:
 @needs_robosuite
 @pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
 def test_several_environments(vec_env_class: type, env: gym.Env) -> None:
-    vec_env = make_vec_env(LIFT, 2, seed=3, vec_env_cls=vec_env_class, env_kwargs={"max_episode_steps": 2})
+    # "module:id" tells the processes to import what registers the id
+    vec_env = make_vec_env(
+        f"modip_sb3:{LIFT}", 2, seed=3, vec_env_cls=vec_env_class, env_kwargs={"max_episode_steps": 2}
+    )
     np.testing.assert_array_equal(vec_env.reset()[0], env.reset(seed=3)[0])
     for ended in (False, True):
         _, _, dones, infos = vec_env.step(np.zeros((2, 7)))
