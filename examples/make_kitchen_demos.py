@@ -30,6 +30,7 @@ from modip_sb3.envs.kitchen import TASKS, KitchenEnv
 
 ENV_ID = "modip/kitchen-scripted-v1"
 OPEN, CLOSED = 0.04, 0.0  # position of each finger, in metres
+MIDDLE = np.array([-0.35, 0.3, 2.2])  # on the way between subtasks, clear of the robot's base
 Actions = Iterator[np.ndarray]
 
 
@@ -45,7 +46,7 @@ class Hand:
     def __init__(self, env: KitchenEnv, rng: np.random.Generator, noise: float):
         self.model, self.data = env.kitchen.model, env.kitchen.data
         self.rng, self.noise = rng, noise
-        self.step_size = rng.uniform(0.035, 0.06)  # metres in a step
+        self.step_size = rng.uniform(0.045, 0.065)  # metres in a step
         self.duration = env.kitchen.robot_env.dt
         self.stiffness = self.model.actuator_gainprm[:9, 0]
         # What a servo, a spring with a damper, covers of its way in one step
@@ -109,7 +110,7 @@ class Hand:
         while True:
             part = jacobian * free
             inverse = part.T @ np.linalg.inv(part @ part.T + 0.02**2 * np.eye(6))
-            posture = 0.03 * (self.first_posture - joints)
+            posture = 0.1 * (self.first_posture - joints)
             step = free * (inverse @ wanted + posture - inverse @ (part @ posture))
             blocked = ((joints + step < low) & (step < 0)) | ((joints + step > high) & (step > 0))
             if not blocked.any():
@@ -152,13 +153,13 @@ def bottom_burner(hand: Hand) -> Actions:
 
 
 def kettle(hand: Hand) -> Actions:
-    """Push it backwards, low enough that it does not fall over."""
-    x = hand.data.site("kettle_site").xpos[0] + hand.rng.uniform(-0.03, 0.03)
-    height = hand.rng.uniform(1.70, 1.73)
-    yield from hand.move(np.array([x, 0.08, hand.rng.uniform(1.9, 2.05)]))
-    yield from hand.move(np.array([x, 0.1, height]))
-    yield from hand.move(np.array([x, 0.6, height]), until=lambda: hand.data.joint("kettle").qpos[1] > 0.56)
-    yield from hand.move(np.array([x, 0.15, height + 0.05]))
+    """Push it backwards, low enough that it does not fall over, with both fingers, so that it does not turn."""
+    x = hand.data.site("kettle_site").xpos[0] + hand.rng.uniform(-0.015, 0.015)
+    height, pushed = hand.rng.uniform(1.70, 1.73), hand.rng.uniform(0.52, 0.58)
+    yield from hand.move(np.array([x, 0.08, hand.rng.uniform(1.9, 2.05)]), OPEN)
+    yield from hand.move(np.array([x, 0.1, height]), OPEN)
+    yield from hand.move(np.array([x, 0.6, height]), OPEN, until=lambda: hand.data.joint("kettle").qpos[1] > pushed)
+    yield from hand.move(np.array([x, 0.15, height + 0.05]), OPEN)
 
 
 def microwave(hand: Hand) -> Actions:
@@ -169,11 +170,11 @@ def microwave(hand: Hand) -> Actions:
     hinge = hand.data.body("microdoorroot").xpos
     opened = -hand.rng.uniform(0.55, 0.65)
     for _ in range(30):
-        if hand.joint("microwave") < opened:
+        handle = hand.point("microhandle_site")
+        if hand.joint("microwave") < opened or np.linalg.norm(handle - hand.position) > 0.07:  # or slipped
             break
-        radius = hand.point("microhandle_site") - hinge
-        tangent = np.array([radius[1], -radius[0], 0]) / np.linalg.norm(radius)
-        yield hand.action(hand.position + hand.step_size * tangent, CLOSED)
+        radius = handle - hinge
+        yield hand.action(handle + 0.06 * np.array([radius[1], -radius[0], 0]) / np.linalg.norm(radius), CLOSED)
     yield from (hand.action(hand.position, OPEN) for _ in range(2))
     yield from hand.move(hand.position - [0, 0.05, 0], OPEN, max_steps=4)
 
@@ -199,6 +200,7 @@ def demonstrate(env: KitchenEnv, tasks: list[str], rng: np.random.Generator, noi
     hand = Hand(env, rng, noise)
     while True:
         for task in rng.permutation([task for task in tasks if task not in env.kitchen.episode_task_completions]):
+            yield from hand.move(MIDDLE + rng.uniform(-0.08, 0.08, 3), tolerance=0.2)
             yield from SUBTASKS[task](hand)
         yield hand.action(hand.position, CLOSED)
 
@@ -236,11 +238,13 @@ def record(index: int, seed: int, tasks: str, noise: float) -> tuple[OfflineData
 def print_table(dataset: OfflineDataset, completed: list[list[str]], tasks: str) -> None:
     """How often how much was completed, and which subtasks."""
     numbers = np.array([len(episode) for episode in completed])
-    table = Table("completed", *map(str, range(5)), "mean", *TASKS[tasks], "steps")
-    row = [f"{np.mean(numbers == number):.1%}" for number in range(5)] + [f"{numbers.mean():.2f}"]
     done = Counter(task for episode in completed for task in episode)
-    row += [f"{done[task] / len(completed):.1%}" for task in TASKS[tasks]]
-    table.add_row("", *row, f"{dataset.episode_lengths.mean():.0f}")
+    steps = dataset.episode_lengths.mean()
+    table = Table("", "episodes", title=f"{numbers.mean():.2f} of 4 subtasks in {steps:.0f} steps")
+    for number in range(5):
+        table.add_row(f"{number} completed", f"{np.mean(numbers == number):.1%}")
+    for task in TASKS[tasks]:
+        table.add_row(task, f"{done[task] / len(completed):.1%}")
     Console().print(table)
 
 

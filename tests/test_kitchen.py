@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+from ctypes.util import find_library
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,21 @@ def test_vectorised(vec_env_cls: type[DummyVecEnv] | type[SubprocVecEnv]) -> Non
     assert env.reset().shape == (2, 59)
     _, rewards, dones, infos = env.step(np.zeros((2, 9), np.float32))
     assert not rewards.any() and not dones.any() and [info["completed"] for info in infos] == [0, 0]
+    env.close()
+
+
+@needs_kitchen
+@pytest.mark.skipif(find_library("EGL") is None, reason="needs libEGL to render without a display")
+def test_render(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUJOCO_GL", "egl")
+    env = gym.make(SCRIPTED, render_mode="rgb_array", width=64, height=48)
+    env.reset(seed=0)
+    before: Any = env.render()
+    for _ in range(10):
+        env.step(np.ones(9, np.float32))
+    after: Any = env.render()
+    assert before.shape == after.shape == (48, 64, 3) and before.std() > 10
+    assert np.mean(before != after) > 0.01  # the arm moved
     env.close()
 
 
