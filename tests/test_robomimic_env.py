@@ -74,8 +74,11 @@ def test_same_observations_as_robomimic(task: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "mujoco_py", ModuleType("mujoco_py"))  # imported there for an exception's name
     reason = "needs pip install --no-deps robomimic==0.3.0"
     EnvRobosuite = pytest.importorskip("robomimic.envs.env_robosuite", reason=reason).EnvRobosuite
+    from robomimic.utils.obs_utils import initialize_obs_utils_with_obs_specs
+
     env_args = ROBOMIMIC_TASKS[task][0]
     ours = RobomimicEnv(env_args)
+    initialize_obs_utils_with_obs_specs({"obs": {"low_dim": ours.obs_keys}})
     roll(ours, seed=0, steps=3)
     theirs = EnvRobosuite(env_args["env_name"], **env_args["env_kwargs"])
     found = theirs.reset_to({"model": ours.model_xml, "states": ours.simulator_state})
