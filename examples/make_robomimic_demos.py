@@ -206,7 +206,7 @@ def main() -> None:
     if output.exists():
         parser.error(f"{output} exists and is not replaced; choose another --output, or remove it first.")
 
-    env = gym.make(f"modip/{args.task}-ph-v1")
+    env = gym.make(f"modip/{args.task}-scripted-v1")
     kept: list[Episode] = []
     successes = attempts = 0
     with tqdm(total=args.episodes, desc=args.task, unit=" episodes") as bar:

@@ -41,7 +41,7 @@ gym.register(
 ROBOMIMIC_TASKS = {
     "lift": (benchmark_env_args("Lift"), 400, ("ph", "mh", "scripted")),
     "can": (benchmark_env_args("PickPlaceCan"), 400, ("ph", "mh", "scripted")),
-    "square": (benchmark_env_args("NutAssemblySquare"), 400, ("ph", "mh")),
+    "square": (benchmark_env_args("NutAssemblySquare"), 400, ("ph", "mh", "scripted")),
     "transport": (
         benchmark_env_args("TwoArmTransport", ["Panda", "Panda"], env_configuration="single-arm-opposed"),
         700,
