@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from modip_sb3.base import OfflineToOnlineAlgorithm
 from modip_sb3.policies import ActingMode
 
 
@@ -45,7 +45,7 @@ class Evaluation:
 
 
 def evaluate(
-    model: OfflineToOnlineAlgorithm,
+    model: BaseAlgorithm,
     env_id: str,
     n_episodes: int = 20,
     inference: ActingMode = "policy",
@@ -57,16 +57,21 @@ def evaluate(
     """
     SB3's ``evaluate_policy`` on fresh environments that start from the same states in every call.
 
-    :param model: an algorithm of this package
+    :param model: an algorithm of this package, or any of SB3's
     :param env_id: Gymnasium id of the environment
     :param n_episodes: number of episodes
-    :param inference: who acts, "policy" or "planner"; the model's own setting is put back afterwards
+    :param inference: who acts, "policy" or "planner"; the model's own setting is put back afterwards. Algorithms
+        without the switch ``inference`` have a policy alone
     :param seed: seed of the environments' first states
     :param deterministic: whether actions are a function of the observation
     :param n_envs: environments that run side by side
     :param env_kwargs: keyword arguments of the environment
     :return: the evaluation, in the environment's own rewards
+    :raises ValueError: if the planner is to act and the algorithm has none
     """
+    previous = getattr(model, "inference", None)
+    if previous is None and inference != "policy":
+        raise ValueError(f"inference={inference!r}, but {type(model).__name__} has a policy alone; pass 'policy'.")
     env: VecEnv = make_vec_env(env_id, n_envs=min(n_envs, n_episodes), seed=seed, env_kwargs=env_kwargs)
     statistics = model.get_vec_normalize_env()
     if statistics is not None and statistics.norm_obs:
@@ -79,9 +84,8 @@ def evaluate(
         if local_variables["done"] and "is_success" in info:
             successes.append(bool(info["is_success"]))
 
-    previous = model.inference
-    model.inference = inference
     try:
+        _set_inference(model, inference)
         returns, lengths = evaluate_policy(
             model,
             env,
@@ -91,6 +95,11 @@ def evaluate(
             return_episode_rewards=True,
         )
     finally:
-        model.inference = model.policy.inference = previous
+        _set_inference(model, previous)
         env.close()
     return Evaluation(inference, np.asarray(returns), np.asarray(lengths), np.array(successes) if successes else None)
+
+
+def _set_inference(model: Any, inference: ActingMode | None) -> None:
+    if hasattr(model, "inference"):
+        model.inference = model.policy.inference = inference

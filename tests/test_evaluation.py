@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
@@ -77,3 +78,10 @@ def test_a_model_with_vec_normalize_sees_normalised_observations(make_model: Mak
     expected, _ = evaluate_policy(model, fresh, 2, return_episode_rewards=True)
     result = evaluate(model, "Pendulum-v1", 2, deterministic=True, env_kwargs=SHORT)
     np.testing.assert_allclose(result.returns, expected, rtol=1e-5)
+
+
+def test_an_algorithm_of_sb3() -> None:
+    model = SAC("MlpPolicy", "Pendulum-v1", policy_kwargs={"net_arch": [8]}, buffer_size=10)
+    assert evaluate(model, "Pendulum-v1", 2, deterministic=True, env_kwargs=SHORT).returns.shape == (2,)
+    with pytest.raises(ValueError, match="inference='planner', but SAC has a policy alone"):
+        evaluate(model, "Pendulum-v1", 2, "planner", env_kwargs=SHORT)
