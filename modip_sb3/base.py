@@ -1,18 +1,15 @@
 """What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
 
-import math
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import configure_logger, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
@@ -21,24 +18,14 @@ from tqdm.rich import tqdm
 
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_fraction
-from modip_sb3.datasets import DatasetSources, OfflineDataset, holds_no_data, load_sources
+from modip_sb3.datasets import DatasetSources, OfflineDataset
+from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
 from modip_sb3.planner import PlanTracker
 from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
 Phase = Literal["clone", "offline", "online"]
-
-
-def _discounted_sums(dataset: OfflineDataset, gamma: float) -> np.ndarray:
-    """The running sums of rewards by whose variance VecNormalize scales them ``(N,)``."""
-    sums, ended = np.zeros(dataset.num_transitions), dataset.terminations | dataset.truncations
-    running = 0.0
-    for step, reward in enumerate(dataset.rewards):
-        running = gamma * running + float(reward)
-        sums[step] = running
-        running *= not ended[step]
-    return sums
 
 
 def _shows_progress(callback: BaseCallback) -> bool:
@@ -59,14 +46,7 @@ def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
     return SequenceBatch(*(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(*batches, strict=True)))
 
 
-def _obs_blocks(datasets: Sequence[OfflineDataset]) -> Iterator[Any]:
-    """All observations, some thousand at a time: statistics of the whole would need as much memory again."""
-    for dataset in datasets:
-        for start in range(0, dataset.num_transitions, 10_000):
-            yield map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
-
-
-class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
+class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     """
     An off-policy algorithm with an offline phase, sequence batches from offline and online data, and a policy that
     carries a state (the rest of a chunk, the last plan) from step to step.
@@ -84,7 +64,6 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
     """
 
     policy: MODIPPolicy
-    action_space: spaces.Box
     replay_buffer: SequenceReplayBuffer
     optimizer_names: tuple[str, ...] = ()
 
@@ -134,7 +113,6 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         super()._setup_model()
         self.n_steps = n_steps
         self.sequence_length = max(self.policy.action_horizon, self.n_steps)
-        self._offline_buffers: list[SequenceReplayBuffer] = []  # one for each source
         self._chunk_state: ChunkState | None = None
         self._chunk_mode = self.rollout_with
         self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
@@ -147,10 +125,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
         return ["policy", *self.optimizer_names], []
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["_offline_buffers", "_offline_shares", "_chunk_state", "_plan_tracker"]
-        if not holds_no_data(self.offline_dataset):
-            excluded.append("offline_dataset")  # arrays do not belong in a model file; paths, ids and weights do
-        return super()._excluded_save_params() + excluded
+        return [*super()._excluded_save_params(), "_chunk_state", "_plan_tracker"]
 
     def predict(
         self,
@@ -167,47 +142,14 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
 
     def _load_offline_data(self) -> None:
         """Load, check and scale the offline data, once, and fit the policy's normaliser to it."""
-        if self.offline_dataset is None or self._offline_buffers:
-            return
-        datasets, weights = zip(*load_sources(self.offline_dataset), strict=True)
-        for dataset in datasets:
-            dataset.check(self.observation_space, self.action_space, min_length=self.policy.action_horizon)
-        self._offline_buffers = [self._buffer_of(dataset) for dataset in datasets]
-        self._offline_shares = np.array(weights) / sum(weights)
-        if self._n_pretrain_updates == 0:
+        datasets = self._fill_offline_buffers(self.policy.action_horizon)
+        if datasets and self._n_pretrain_updates == 0:
             self._fit_normalizers(datasets)
 
-    def _buffer_of(self, dataset: OfflineDataset) -> SequenceReplayBuffer:
-        actions = np.empty((dataset.num_transitions, math.prod(self.action_space.shape)), np.float32)
-        for start in range(0, len(actions), 10_000):
-            block = self.policy.scale_action(dataset.actions[start : start + 10_000])
-            actions[start : start + 10_000] = block.reshape(len(block), -1)
-        return SequenceReplayBuffer.from_episodes(
-            dataset.observations,
-            actions,
-            dataset.rewards,
-            dataset.terminations,
-            dataset.truncations,
-            dataset.final_observations,
-            self.observation_space,
-            self.action_space,
-            self.device,
-        )
-
     def _fit_normalizers(self, datasets: Sequence[OfflineDataset]) -> None:
+        self._fit_vec_normalize(datasets)
         vec_normalize = self._vec_normalize_env
-        if vec_normalize is not None and vec_normalize.norm_obs and vec_normalize.training:
-            statistics: Any = vec_normalize.obs_rms  # one for each normalised key of Dict observations
-            for obs in _obs_blocks(datasets):
-                if isinstance(obs, dict):
-                    for key in vec_normalize.norm_obs_keys or []:
-                        statistics[key].update(obs[key])
-                else:
-                    statistics.update(obs)
-        if vec_normalize is not None and vec_normalize.norm_reward and vec_normalize.training:
-            for dataset in datasets:
-                vec_normalize.ret_rms.update(_discounted_sums(dataset, vec_normalize.gamma))
-        for obs in _obs_blocks(datasets):
+        for obs in obs_blocks(datasets):
             self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))
 
     def _update_normalizer(self, obs: Any) -> None:
@@ -243,9 +185,7 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             raise ValueError("pretrain() needs data: pass offline_dataset to the constructor or to load().")
         self._load_offline_data()
         if not hasattr(self, "_logger"):
-            self._logger = configure_logger(
-                self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__
-            )
+            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__)
         wrapped_callback = self._init_callback(callback)
         wrapped_callback.on_training_start(locals(), globals())
         self.policy.set_training_mode(True)
@@ -366,15 +306,9 @@ class OfflineToOnlineAlgorithm(OffPolicyAlgorithm):
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
 
     def _sample_offline(self, batch_size: int, length: int) -> SequenceBatch:
-        """From each source as many as its share says, on average."""
-        counts = np.random.multinomial(batch_size, self._offline_shares)
-        return _concatenate(
-            [
-                buffer.sample_sequences(count, length, self._vec_normalize_env)
-                for buffer, count in zip(self._offline_buffers, counts, strict=True)
-                if count > 0
-            ]
-        )
+        vec_normalize = self._vec_normalize_env
+        sources = self._offline_counts(batch_size)
+        return _concatenate([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
 
     def _sample_batch(self, batch_size: int) -> SequenceBatch:
         """Offline and online sequences in one batch; either alone while the other is missing."""

@@ -1,0 +1,110 @@
+"""Offline data beside an algorithm's own experience: loaded once, checked, scaled, and drawn from by weight."""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from modip_sb3.buffers import SequenceReplayBuffer, map_obs
+from modip_sb3.datasets import DatasetSources, OfflineDataset, holds_no_data, load_sources
+
+
+def discounted_sums(dataset: OfflineDataset, gamma: float) -> np.ndarray:
+    """
+    :param dataset: transitions
+    :param gamma: discount factor
+    :return: the running sums of rewards by whose variance VecNormalize scales them ``(N,)``
+    """
+    sums, ended = np.zeros(dataset.num_transitions), dataset.terminations | dataset.truncations
+    running = 0.0
+    for step, reward in enumerate(dataset.rewards):
+        running = gamma * running + float(reward)
+        sums[step] = running
+        running *= not ended[step]
+    return sums
+
+
+def obs_blocks(datasets: Sequence[OfflineDataset]) -> Iterator[Any]:
+    """
+    :param datasets: transitions
+    :return: all observations, some thousand at a time: statistics of the whole would need as much memory again
+    """
+    for dataset in datasets:
+        for start in range(0, dataset.num_transitions, 10_000):
+            yield map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
+
+
+class OfflineDataAlgorithm(OffPolicyAlgorithm):
+    """
+    An off-policy algorithm with replay buffers of offline data beside its own: one for each source, closed, and never
+    saved with the model. A subclass sets ``offline_dataset`` in its constructor.
+    """
+
+    action_space: spaces.Box
+    offline_dataset: DatasetSources | None
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        self._offline_buffers: list[SequenceReplayBuffer] = []  # one for each source
+
+    def _excluded_save_params(self) -> list[str]:
+        excluded = ["_offline_buffers", "_offline_shares"]
+        if not holds_no_data(self.offline_dataset):
+            excluded.append("offline_dataset")  # arrays do not belong in a model file; paths, ids and weights do
+        return super()._excluded_save_params() + excluded
+
+    def _fill_offline_buffers(self, min_length: int) -> Sequence[OfflineDataset]:
+        """
+        Load and check the offline data, and scale its actions, once.
+
+        :param min_length: number of steps that at least one episode must have
+        :return: what was loaded, nothing if there is no data or it is loaded already
+        """
+        if self.offline_dataset is None or self._offline_buffers:
+            return ()
+        datasets, weights = zip(*load_sources(self.offline_dataset), strict=True)
+        for dataset in datasets:
+            dataset.check(self.observation_space, self.action_space, min_length)
+        self._offline_buffers = [self._buffer_of(dataset) for dataset in datasets]
+        self._offline_shares = np.array(weights) / sum(weights)
+        return datasets
+
+    def _buffer_of(self, dataset: OfflineDataset) -> SequenceReplayBuffer:
+        actions = np.empty((dataset.num_transitions, math.prod(self.action_space.shape)), np.float32)
+        for start in range(0, len(actions), 10_000):
+            block = self.policy.scale_action(dataset.actions[start : start + 10_000])
+            actions[start : start + 10_000] = block.reshape(len(block), -1)
+        return SequenceReplayBuffer.from_episodes(
+            dataset.observations,
+            actions,
+            dataset.rewards,
+            dataset.terminations,
+            dataset.truncations,
+            dataset.final_observations,
+            self.observation_space,
+            self.action_space,
+            self.device,
+        )
+
+    def _fit_vec_normalize(self, datasets: Sequence[OfflineDataset]) -> None:
+        """The statistics of ``VecNormalize``, while it gathers them, see the offline data too."""
+        vec_normalize = self._vec_normalize_env
+        if vec_normalize is not None and vec_normalize.norm_obs and vec_normalize.training:
+            statistics: Any = vec_normalize.obs_rms  # one for each normalised key of Dict observations
+            for obs in obs_blocks(datasets):
+                if isinstance(obs, dict):
+                    for key in vec_normalize.norm_obs_keys or []:
+                        statistics[key].update(obs[key])
+                else:
+                    statistics.update(obs)
+        if vec_normalize is not None and vec_normalize.norm_reward and vec_normalize.training:
+            for dataset in datasets:
+                vec_normalize.ret_rms.update(discounted_sums(dataset, vec_normalize.gamma))
+
+    def _offline_counts(self, batch_size: int) -> Iterator[tuple[SequenceReplayBuffer, int]]:
+        """Of each source as many as its share says, on average; those of which there are none are left out."""
+        counts = np.random.multinomial(batch_size, self._offline_shares)
+        return ((buffer, int(n)) for buffer, n in zip(self._offline_buffers, counts, strict=True) if n > 0)
