@@ -21,7 +21,7 @@ from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.datasets import DatasetSources, OfflineDataset
 from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
 from modip_sb3.planner import PlanTracker
-from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
+from modip_sb3.policies import ActingMode, ChunkState, PlanningPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
@@ -63,8 +63,9 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     :param kwargs: keyword arguments of :class:`OffPolicyAlgorithm`
     """
 
-    policy: MODIPPolicy
+    policy: PlanningPolicy
     replay_buffer: SequenceReplayBuffer
+    max_grad_norm: float
     optimizer_names: tuple[str, ...] = ()
 
     def __init__(
@@ -134,7 +135,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """The next action, with ``inference``; parameters as in :meth:`MODIPPolicy.predict`."""
+        """The next action, with ``inference``; parameters as in :meth:`PlanningPolicy.predict`."""
         self.policy.inference = self.inference
         return self.policy.predict(observation, state, episode_start, deterministic)
 
@@ -221,12 +222,6 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     ) -> SelfOfflineToOnline:
         """Plan, act, learn the model, distil; the offline phase comes first if there is data and none has been."""
         self._load_offline_data()
-        if self.offline_dataset is None and self._n_pretrain_updates > 0:
-            warnings.warn(
-                "This model was pretrained on arrays, which its file does not hold: it goes on with online data alone. "
-                "Pass offline_dataset to load() to go on with both.",
-                stacklevel=2,
-            )
         run_name = tb_log_name or type(self).__name__
         return super().learn(total_timesteps, callback, log_interval, run_name, reset_num_timesteps, progress_bar)
 
@@ -288,12 +283,31 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         if self._plan_tracker.needs_values:
             with th.no_grad():
                 obs, _ = self.policy.obs_to_tensor(new_obs)
-                values = self.policy.value(self.policy.encode(obs)).mean(0).cpu().numpy()
+                values = self.policy.estimate_values(obs).cpu().numpy()
         for predicted, realized in zip(*self._plan_tracker.finish(values), strict=True):
             self.logger.record_mean("rollout/plan_predicted", predicted)
             self.logger.record_mean("rollout/plan_realized", realized)
 
     # ---------------------------------------------------------------- learning
+
+    def _make_optimizer(self, params: Any, **kwargs: Any) -> th.optim.Optimizer:
+        """
+        :param params: parameters, or groups of them; a group's ``lr_scale`` multiplies its learning rate
+        :param kwargs: arguments of the optimiser, which ``optimizer_kwargs`` of the policy override
+        :return: an optimiser of the policy's class
+        """
+        optimizer_class: Any = self.policy.optimizer_class
+        # The fused implementation takes a fifth of an update's time off on a CPU
+        fused = {"fused": True} if optimizer_class in (th.optim.Adam, th.optim.AdamW) else {}
+        return optimizer_class(params, lr=self.lr_schedule(1), **{**fused, **kwargs, **self.policy.optimizer_kwargs})
+
+    def _optimize(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
+        """One step, with the norm of the gradient clipped to ``max_grad_norm``."""
+        optimizer.zero_grad()
+        loss.backward()
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        optimizer.step()
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)

@@ -1,6 +1,7 @@
 """Offline data beside an algorithm's own experience: loaded once, checked, scaled, and drawn from by weight."""
 
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ class OfflineDataAlgorithm(OffPolicyAlgorithm):
 
     action_space: spaces.Box
     offline_dataset: DatasetSources | None
+    _had_offline_data = False
 
     def _setup_model(self) -> None:
         super()._setup_model()
@@ -63,6 +65,12 @@ class OfflineDataAlgorithm(OffPolicyAlgorithm):
         :param min_length: number of steps that at least one episode must have
         :return: what was loaded, nothing if there is no data or it is loaded already
         """
+        if self.offline_dataset is None and self._had_offline_data:
+            warnings.warn(
+                "This model learned from arrays, which its file does not hold: it goes on with online data alone. "
+                "Pass offline_dataset to load() to go on with both.",
+                stacklevel=4,  # whoever called learn()
+            )
         if self.offline_dataset is None or self._offline_buffers:
             return ()
         datasets, weights = zip(*load_sources(self.offline_dataset), strict=True)
@@ -70,6 +78,7 @@ class OfflineDataAlgorithm(OffPolicyAlgorithm):
             dataset.check(self.observation_space, self.action_space, min_length)
         self._offline_buffers = [self._buffer_of(dataset) for dataset in datasets]
         self._offline_shares = np.array(weights) / sum(weights)
+        self._had_offline_data = True
         return datasets
 
     def _buffer_of(self, dataset: OfflineDataset) -> SequenceReplayBuffer:

@@ -1,0 +1,5 @@
+"""Algorithms to compare with: SB3 algorithms on the parts of this package, each with ``offline_dataset``."""
+
+from modip_sb3.baselines.rlpd import RLPD
+
+__all__ = ["RLPD"]
