@@ -16,29 +16,47 @@ class ValueEnsemble(nn.Module):
     :param action_dim: number of action dimensions; 0 for V
     :param n_critics: number of ensemble members
     :param net_arch: hidden widths
+    :param activation: class of the activation
+    :param dropout: probability of dropping a feature of the first hidden layer
     """
 
-    def __init__(self, latent_dim: int, action_dim: int, n_critics: int = 2, net_arch: Sequence[int] = (256, 256)):
+    def __init__(
+        self,
+        latent_dim: int,
+        action_dim: int,
+        n_critics: int = 2,
+        net_arch: Sequence[int] = (256, 256),
+        activation: type[nn.Module] = nn.SiLU,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.two_hot = TwoHot()
-        self.ensemble = EnsembleMLP(n_critics, latent_dim + action_dim, net_arch, self.two_hot.num_bins)
+        self.ensemble = EnsembleMLP(
+            n_critics, latent_dim + action_dim, net_arch, self.two_hot.num_bins, activation, dropout
+        )
         zero_init(self.ensemble.layers[-1])
 
-    def logits(self, latents: th.Tensor, actions: th.Tensor | None = None) -> th.Tensor:
+    def logits(
+        self, latents: th.Tensor, actions: th.Tensor | None = None, members: th.Tensor | None = None
+    ) -> th.Tensor:
         """
         :param latents: ``(..., Z)``
         :param actions: in [-1, 1], ``(..., A)``; left out for V
+        :param members: indices of the members to evaluate ``(E,)``; None for all
         :return: ``(E, ..., num_bins)``
         """
-        return self.ensemble(latents if actions is None else th.cat([latents, actions], dim=-1))
+        return self.ensemble(latents if actions is None else th.cat([latents, actions], dim=-1), members)
 
-    def forward(self, latents: th.Tensor, actions: th.Tensor | None = None) -> th.Tensor:
+    def forward(
+        self, latents: th.Tensor, actions: th.Tensor | None = None, members: th.Tensor | None = None
+    ) -> th.Tensor:
         """
         :param latents: ``(..., Z)``
         :param actions: in [-1, 1], ``(..., A)``; left out for V
+        :param members: indices of the members to evaluate ``(E,)``; None for all
         :return: values ``(E, ...)``
         """
-        return self.two_hot.decode(self.logits(latents, actions))
+        return self.two_hot.decode(self.logits(latents, actions, members))
 
 
 def compute_lambda_returns(

@@ -78,6 +78,7 @@ class MODIP(OfflineToOnlineAlgorithm):
         "MlpPolicy": MODIPPolicy,
         "MultiInputPolicy": MODIPPolicy,
     }
+    policy: MODIPPolicy
     optimizer_names = ("model_optimizer", "value_optimizer", "actor_optimizer")
 
     def __init__(
@@ -190,22 +191,14 @@ class MODIP(OfflineToOnlineAlgorithm):
         return [*super()._excluded_save_params(), "_label_buffer"]
 
     def _setup_optimizers(self) -> None:
-        policy = self.policy
-
-        def make(groups: Any) -> th.optim.Optimizer:
-            # The fused implementation takes a fifth of an update's time off on a CPU
-            fused = {"fused": True} if policy.optimizer_class in (th.optim.Adam, th.optim.AdamW) else {}
-            optimizer_kwargs: dict[str, Any] = {**fused, **policy.optimizer_kwargs}
-            return policy.optimizer_class(groups, lr=self.lr_schedule(1), **optimizer_kwargs)  # type: ignore[call-arg]
-
-        world_model = policy.world_model
+        policy, world_model = self.policy, self.policy.world_model
         encoder = [*policy.features_extractor.parameters(), *world_model.encoder.parameters()]
         rest = [p for name, p in world_model.named_parameters() if not name.startswith("encoder.")]
-        self.model_optimizer = make(
+        self.model_optimizer = self._make_optimizer(
             [{"params": encoder, "lr_scale": 0.3}, {"params": [*rest, *policy.critic.parameters()], "lr_scale": 1.0}]
         )
-        self.value_optimizer = make([{"params": list(policy.value.parameters())}])
-        self.actor_optimizer = make([{"params": list(policy.actor.parameters())}])
+        self.value_optimizer = self._make_optimizer(policy.value.parameters())
+        self.actor_optimizer = self._make_optimizer(policy.actor.parameters())
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """
@@ -329,10 +322,3 @@ class MODIP(OfflineToOnlineAlgorithm):
         self.policy.set_training_mode(True)
         self._label_buffer.add(map_obs(lambda array: array.cpu().numpy(), obs), plan.actions.cpu().numpy())
         self.logger.record("train/label_gain", (plan.value - plan.proposal_value).mean().item())
-
-    def _optimize(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        optimizer.zero_grad()
-        loss.backward()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        optimizer.step()

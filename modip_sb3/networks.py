@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch as th
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 
 class SimNorm(nn.Module):
@@ -24,20 +25,25 @@ class SimNorm(nn.Module):
 
 
 def mlp(
-    input_dim: int, net_arch: Sequence[int], output_dim: int, output_layer: nn.Module | None = None
+    input_dim: int,
+    net_arch: Sequence[int],
+    output_dim: int,
+    output_layer: nn.Module | None = None,
+    activation: type[nn.Module] = nn.SiLU,
 ) -> nn.Sequential:
     """
-    Linear, LayerNorm and SiLU per hidden layer, then a linear output.
+    Linear, LayerNorm and an activation per hidden layer, then a linear output.
 
     :param input_dim: number of input features
     :param net_arch: widths of the hidden layers; may be empty
     :param output_dim: number of output features
     :param output_layer: applied to the linear output, a normalisation for example
+    :param activation: class of the activation
     :return: the network
     """
     layers: list[nn.Module] = []
     for width in net_arch:
-        layers += [nn.Linear(input_dim, width), nn.LayerNorm(width), nn.SiLU()]
+        layers += [nn.Linear(input_dim, width), nn.LayerNorm(width), activation()]
         input_dim = width
     layers.append(nn.Linear(input_dim, output_dim))
     if output_layer is not None:
@@ -97,25 +103,45 @@ class EnsembleMLP(nn.Module):
     :param input_dim: number of input features
     :param net_arch: widths of the hidden layers; may be empty
     :param output_dim: number of output features
+    :param activation: class of the activation
+    :param dropout: probability of dropping a feature of the first layer, before its LayerNorm
     """
 
-    def __init__(self, num_members: int, input_dim: int, net_arch: Sequence[int], output_dim: int):
+    def __init__(
+        self,
+        num_members: int,
+        input_dim: int,
+        net_arch: Sequence[int],
+        output_dim: int,
+        activation: type[nn.Module] = nn.SiLU,
+        dropout: float = 0.0,
+    ):
         super().__init__()
         self.num_members = num_members
         layers: list[nn.Module] = []
         for width in net_arch:
-            layers += [EnsembleLinear(num_members, input_dim, width), EnsembleLayerNorm(num_members, width), nn.SiLU()]
+            layers.append(EnsembleLinear(num_members, input_dim, width))
+            if dropout > 0 and len(layers) == 1:
+                layers.append(nn.Dropout(dropout))
+            layers += [EnsembleLayerNorm(num_members, width), activation()]
             input_dim = width
         layers.append(EnsembleLinear(num_members, input_dim, output_dim))
         self.layers = nn.Sequential(*layers)
 
-    def forward(self, inputs: th.Tensor) -> th.Tensor:
+    def forward(self, inputs: th.Tensor, members: th.Tensor | None = None) -> th.Tensor:
         """
         :param inputs: features of any leading shape ``(..., in)``
+        :param members: indices of the networks to evaluate ``(E,)``; None for all
         :return: outputs ``(E, ..., out)``
         """
-        flat = inputs.flatten(0, -2).expand(self.num_members, -1, -1)  # (E, N, in)
-        return self.layers(flat).unflatten(1, inputs.shape[:-1])
+        num_members = self.num_members if members is None else len(members)
+        flat = inputs.flatten(0, -2).expand(num_members, -1, -1)  # (E, N, in)
+        if members is None:
+            outputs = self.layers(flat)
+        else:
+            chosen = {name: parameter[members] for name, parameter in self.layers.named_parameters()}
+            outputs = functional_call(self.layers, chosen, flat)
+        return outputs.unflatten(1, inputs.shape[:-1])
 
 
 class TwoHot(nn.Module):

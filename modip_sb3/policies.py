@@ -1,5 +1,6 @@
 """The policy: everything that is needed to act, with the diffusion model or with the planner."""
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Literal
@@ -43,7 +44,126 @@ def num_observations(obs: PyTorchObs) -> int:
     return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
 
 
-class MODIPPolicy(BasePolicy):
+class PlanningPolicy(BasePolicy):
+    """
+    What acts alone or with the planner, carrying a state (the rest of a chunk, the last plan) from step to step.
+
+    :param observation_space: observation space, a Box or a Dict of Box spaces
+    :param action_space: action space, a bounded Box
+    :param features_extractor_class: features extractor
+    :param kwargs: keyword arguments of :class:`BasePolicy`
+    """
+
+    action_space: spaces.Box
+    world_model: WorldModel
+    normalizer: RunningNormalizer
+    normalizes_features: bool
+    """Whether observation features are standardised by ``normalizer``."""
+    action_horizon: int
+    """Actions in a chunk."""
+    horizon: int
+    """Environment steps that the planner looks ahead."""
+    inference: ActingMode
+    planner_kwargs: dict[str, Any]
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box,
+        features_extractor_class: type[BaseFeaturesExtractor] | None,
+        *args: Any,
+        **kwargs: Any,
+    ):
+        check_observation_space(observation_space)
+        if features_extractor_class is None:
+            is_dict = isinstance(observation_space, spaces.Dict)
+            features_extractor_class = CombinedExtractor if is_dict else FlattenExtractor
+        super().__init__(observation_space, action_space, features_extractor_class, *args, squash_output=True, **kwargs)
+        self.action_dim = get_action_dim(action_space)
+
+    @abstractmethod
+    def act(
+        self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool
+    ) -> tuple[np.ndarray, ChunkState, Plan | None]:
+        """
+        One action for each environment.
+
+        :param obs: observations ``(B, *obs_shape)``
+        :param state: chunks or plans ``(B, T, A)`` and how many of their actions were executed ``(B,)``, negative for
+            none
+        :param mode: who acts
+        :param deterministic: the same output for the same input
+        :return: actions in [-1, 1] ``(B, A)``, the next state, and the plan if one was made
+        """
+
+    @abstractmethod
+    def estimate_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations ``(B, *obs_shape)``
+        :return: the critics' mean estimate of their values ``(B,)``
+        """
+
+    def features(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations ``(N, *obs_shape)``
+        :return: features, normalised if the policy does so ``(N, F)``
+        """
+        features = self.extract_features(obs, self.features_extractor)
+        return self.normalizer(features) if self.normalizes_features else features
+
+    def encode(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: observations ``(N, *obs_shape)``
+        :return: latents ``(N, Z)``
+        """
+        return self.world_model.encode(self.features(obs))
+
+    def initial_state(self, n_envs: int, mode: ActingMode) -> ChunkState:
+        """
+        :param n_envs: number of environments
+        :param mode: who acts
+        :return: the state before an episode's first action
+        """
+        length = self.horizon if mode == "planner" else self.action_horizon
+        return np.zeros((n_envs, length, self.action_dim), np.float32), np.full(n_envs, -1)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        The next action; see :meth:`BasePolicy.predict`.
+
+        :param observation: of one environment or of several
+        :param state: what the last call returned; None predicts a new chunk
+        :param episode_start: where an episode begins, what is left of a chunk is dropped
+        :param deterministic: the same output for the same input
+        :return: actions in the environment's units, and the state to pass to the next call
+        """
+        self.set_training_mode(False)
+        obs, vectorized = self.obs_to_tensor(observation)
+        n_envs = num_observations(obs)
+        if state is None:
+            chunk_state = self.initial_state(n_envs, self.inference)
+        else:
+            chunk_state = state[0], state[1].copy()
+            if episode_start is not None:
+                chunk_state[1][np.asarray(episode_start, dtype=bool)] = -1
+        actions, next_state, _ = self.act(obs, chunk_state, self.inference, deterministic)
+        env_actions = self.unscale_action(actions.reshape(-1, *self.action_space.shape))
+        return (env_actions if vectorized else env_actions.squeeze(axis=0)), next_state
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        """The first action of a new chunk or plan, in [-1, 1] ``(B, *action_shape)``."""
+        n_envs = num_observations(observation)
+        actions, _, _ = self.act(observation, self.initial_state(n_envs, self.inference), self.inference, deterministic)
+        return th.as_tensor(actions, device=self.device).view(n_envs, *self.action_space.shape)
+
+
+class MODIPPolicy(PlanningPolicy):
     """
     Diffusion policy, its EMA copy, latent world model, critics and their targets.
 
@@ -76,7 +196,6 @@ class MODIPPolicy(BasePolicy):
 
     actor: DiffusionModel | GaussianModel
     actor_ema: DiffusionModel | GaussianModel
-    action_space: spaces.Box
 
     def __init__(
         self,
@@ -105,10 +224,6 @@ class MODIPPolicy(BasePolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ):
-        check_observation_space(observation_space)
-        if features_extractor_class is None:
-            is_dict = isinstance(observation_space, spaces.Dict)
-            features_extractor_class = CombinedExtractor if is_dict else FlattenExtractor
         super().__init__(
             observation_space,
             action_space,
@@ -117,7 +232,6 @@ class MODIPPolicy(BasePolicy):
             normalize_images=normalize_images,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
-            squash_output=True,
         )
         if not 1 <= n_action_steps <= action_horizon or not 1 <= horizon <= action_horizon:
             raise ValueError(
@@ -141,7 +255,6 @@ class MODIPPolicy(BasePolicy):
             "scheduler_kwargs": scheduler_kwargs,
             "num_inference_steps": num_inference_steps,
         }
-        self.action_dim = get_action_dim(action_space)
         self.chunk_shape = (action_horizon, self.action_dim)
         self._build()
         self.check_planner()
@@ -195,24 +308,9 @@ class MODIPPolicy(BasePolicy):
         return data
 
     @property
-    def normalizes_features(self) -> bool:
+    def normalizes_features(self) -> bool:  # type: ignore[override]
         """A features extractor that learns is its own normaliser: its output would drift away from any statistics."""
         return not any(True for _ in self.features_extractor.parameters())
-
-    def features(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: observations ``(N, *obs_shape)``
-        :return: normalised features ``(N, F)``
-        """
-        features = self.extract_features(obs, self.features_extractor)
-        return self.normalizer(features) if self.normalizes_features else features
-
-    def encode(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: observations ``(N, *obs_shape)``
-        :return: latents ``(N, Z)``
-        """
-        return self.world_model.encode(self.features(obs))
 
     def actor_condition(self, features: th.Tensor) -> th.Tensor:
         """
@@ -261,6 +359,9 @@ class MODIPPolicy(BasePolicy):
         """Raise an error now, before anything is learned, if ``planner_kwargs`` are wrong."""
         self._make_planner(lambda latents: latents[:, None])
 
+    def estimate_values(self, obs: PyTorchObs) -> th.Tensor:
+        return self.value(self.encode(obs)).mean(0)
+
     def _make_planner(self, propose: Any) -> MPPI:
         terminal_value = self.value if self.terminal_value == "v" else self._q_of_policy
         return MPPI(self.world_model, propose, terminal_value, **self.planner_kwargs)
@@ -273,14 +374,8 @@ class MODIPPolicy(BasePolicy):
         self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool
     ) -> tuple[np.ndarray, ChunkState, Plan | None]:
         """
-        One action for each environment, from its chunk or, where that is used up, from a new one.
-
-        :param obs: observations ``(B, *obs_shape)``
-        :param state: chunks ``(B, T, A)`` and how many of their actions were executed ``(B,)``, negative for none
-        :param mode: "policy" executes chunks of the actor; "planner" plans at every step, warm-started from the last
-            plan
-        :param deterministic: the same output for the same input
-        :return: actions in [-1, 1] ``(B, A)``, the next state, and the plan if one was made
+        "policy" executes chunks of the actor, each to its end; "planner" plans at every step, warm-started from the
+        last plan; see :meth:`PlanningPolicy.act`.
         """
         chunks, position = state[0].copy(), state[1].copy()
         if mode == "planner":
@@ -298,47 +393,3 @@ class MODIPPolicy(BasePolicy):
             position[used_up] = 0
         actions = chunks[np.arange(len(position)), position]
         return actions, (chunks, position + 1), None
-
-    def initial_state(self, n_envs: int, mode: ActingMode) -> ChunkState:
-        """
-        :param n_envs: number of environments
-        :param mode: who acts
-        :return: the state before an episode's first action
-        """
-        length = self.horizon if mode == "planner" else self.action_horizon
-        return np.zeros((n_envs, length, self.action_dim), np.float32), np.full(n_envs, -1)
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """
-        The next action; see :meth:`BasePolicy.predict`.
-
-        :param observation: of one environment or of several
-        :param state: what the last call returned; None predicts a new chunk
-        :param episode_start: where an episode begins, what is left of a chunk is dropped
-        :param deterministic: the same output for the same input
-        :return: actions in the environment's units, and the state to pass to the next call
-        """
-        self.set_training_mode(False)
-        obs, vectorized = self.obs_to_tensor(observation)
-        n_envs = num_observations(obs)
-        if state is None:
-            chunk_state = self.initial_state(n_envs, self.inference)
-        else:
-            chunk_state = state[0], state[1].copy()
-            if episode_start is not None:
-                chunk_state[1][np.asarray(episode_start, dtype=bool)] = -1
-        actions, next_state, _ = self.act(obs, chunk_state, self.inference, deterministic)
-        env_actions = self.unscale_action(actions.reshape(-1, *self.action_space.shape))
-        return (env_actions if vectorized else env_actions.squeeze(axis=0)), next_state
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """The first action of a new chunk or plan, in [-1, 1] ``(B, *action_shape)``."""
-        n_envs = num_observations(observation)
-        actions, _, _ = self.act(observation, self.initial_state(n_envs, self.inference), self.inference, deterministic)
-        return th.as_tensor(actions, device=self.device).view(n_envs, *self.action_space.shape)

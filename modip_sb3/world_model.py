@@ -20,6 +20,8 @@ class WorldModel(nn.Module):
     :param simnorm_dim: size of one simplex of the latent state
     """
 
+    termination_head: nn.Sequential | None
+
     def __init__(
         self,
         features_dim: int,
@@ -73,6 +75,8 @@ class WorldModel(nn.Module):
         :param latents: states that were just entered ``(..., Z)``
         :return: the probability that the episode terminated there ``(...)``
         """
+        if self.termination_head is None:
+            return latents.new_zeros(latents.shape[:-1])
         return th.sigmoid(self.termination_head(latents).squeeze(-1))
 
     def rollout(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
@@ -85,6 +89,34 @@ class WorldModel(nn.Module):
         for step_actions in actions.unbind(1):
             trajectory.append(self.next(trajectory[-1], step_actions))
         return th.stack(trajectory, dim=1)
+
+
+def compute_world_model_errors(
+    model: WorldModel,
+    latents: th.Tensor,
+    target_latents: th.Tensor,
+    actions: th.Tensor,
+    rewards: th.Tensor,
+    terminations: th.Tensor,
+) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+    """
+    Squared latent error, reward cross-entropy and termination cross-entropy of each step of a rollout.
+
+    :param model: the world model
+    :param latents: rollout of the model under ``actions`` ``(B, H + 1, Z)``
+    :param target_latents: encodings of the observations that followed, without gradient ``(B, H, Z)``
+    :param actions: in [-1, 1], ``(B, H, A)``
+    :param rewards: ``(B, H)``
+    :param terminations: 1 where the step terminated the episode ``(B, H)``
+    :return: three errors ``(B, H)``; the last is zero for a model without a termination head
+    """
+    consistency = F.mse_loss(latents[:, 1:], target_latents, reduction="none").mean(-1)
+    reward_logits = model.reward_head(th.cat([latents[:, :-1], actions], dim=-1))
+    reward = model.two_hot.cross_entropy(reward_logits, rewards)
+    if model.termination_head is None:
+        return consistency, reward, th.zeros_like(reward)
+    termination_logits = model.termination_head(latents[:, 1:]).squeeze(-1)
+    return consistency, reward, F.binary_cross_entropy_with_logits(termination_logits, terminations, reduction="none")
 
 
 def compute_world_model_loss(
@@ -114,12 +146,9 @@ def compute_world_model_loss(
     :param termination_coef: weight of the termination cross-entropy
     :return: the loss and its parts
     """
-    consistency = F.mse_loss(latents[:, 1:], target_latents, reduction="none").mean(-1)
-    reward_logits = model.reward_head(th.cat([latents[:, :-1], actions], dim=-1))
-    reward = model.two_hot.cross_entropy(reward_logits, rewards)
-    termination_logits = model.termination_head(latents[:, 1:]).squeeze(-1)
-    termination = F.binary_cross_entropy_with_logits(termination_logits, terminations, reduction="none")
-
+    consistency, reward, termination = compute_world_model_errors(
+        model, latents, target_latents, actions, rewards, terminations
+    )
     normalizer = weights.sum().clamp(min=1e-6)
     consistency_loss = (weights * consistency).sum() / normalizer
     reward_loss = (weights * reward).sum() / normalizer
