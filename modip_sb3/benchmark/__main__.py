@@ -1,0 +1,110 @@
+"""
+Algorithms side by side: the same environments, budget, evaluations and offline data for all.
+
+    python -m modip_sb3.benchmark run --suite hopper --algos diffusion_bc sac modip --seeds 0 1 2 --output runs/bench
+    python -m modip_sb3.benchmark report runs/bench
+
+``run`` goes on where it was stopped or killed when it is called again, and never repeats a finished run.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from modip_sb3.benchmark.plan import plan
+from modip_sb3.benchmark.runs import locked
+from modip_sb3.benchmark.settings import SUITES, share_threads
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    :param argv: of the command line
+    :raises SystemExit: with 1 if a run failed, with a sentence if the command or the folder is at fault
+    """
+    args = make_parser().parse_args(argv)
+    try:
+        sys.exit(args.command(args))
+    except (ValueError, FileNotFoundError, ConnectionError, ImportError, BlockingIOError) as error:
+        sys.exit(f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modip_sb3.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    run = commands.add_parser("run", help="run algorithms side by side")
+    run.set_defaults(command=run_benchmark)
+    envs = run.add_mutually_exclusive_group(required=True)
+    envs.add_argument("--suite", choices=SUITES, help="a named list of environments")
+    envs.add_argument("--envs", nargs="+", help="Gymnasium ids")
+    run.add_argument("--algos", nargs="+", required=True, help="names in rl_zoo3, ours included")
+    run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    run.add_argument("--timesteps", type=int, required=True, help="environment steps of each run")
+    run.add_argument("--output", type=Path, required=True, help="folder of the runs")
+    run.add_argument("--eval-freq", type=int, default=2500, help="environment steps between evaluations")
+    run.add_argument("--eval-episodes", type=int, default=20)
+    run.add_argument("--eval-seed", type=int, default=1000, help="of the evaluations' first states")
+    run.add_argument(
+        "--eval-actions",
+        choices=("default", "deterministic", "sampled"),
+        default="default",
+        help="by default diffusion policies sample, and all others act deterministically",
+    )
+    run.add_argument("--offline-dataset", help="instead of the data that MODIP's settings name; 'none' for none")
+    run.add_argument("-P", "--param", nargs="+", default=[], metavar="ALGO.PARAM:VALUE", help="hyper-parameters")
+    run.add_argument("--device", default="auto")
+    run.add_argument("--workers", type=int, default=1, help="runs at a time; each gets its share of the cores")
+    run.add_argument("--backend", choices=("local", "ray"), default="local")
+    report = commands.add_parser("report", help="tables and figures from the folders of the runs")
+    report.set_defaults(command=write_report)
+    report.add_argument("runs", type=Path, help="folder of the runs")
+    report.add_argument("--out", type=Path, help="folder of the report; RUNS/report by default")
+    report.add_argument("--baseline", help="whom the probability of improvement compares with")
+    return parser
+
+
+def run_benchmark(args: argparse.Namespace) -> int:
+    """
+    :param args: of ``run``
+    :return: exit code, 1 if a run failed
+    """
+    from modip_sb3.benchmark.schedule import Backend, LocalBackend, RayBackend, run_all
+
+    console = Console()
+    args.output.mkdir(parents=True, exist_ok=True)
+    with locked(args.output, wait=False):
+        runs = plan(args)
+        threads = share_threads(args.workers)
+        backend: Backend = (
+            RayBackend(args.workers, threads, args.device)
+            if args.backend == "ray"
+            else LocalBackend(args.workers, threads)
+        )
+        try:
+            failed = run_all(runs, backend, console)
+        except KeyboardInterrupt:
+            console.print("Stopped; the same command goes on from here.")
+            return 130
+    for run in failed:
+        console.print(f"[red]{run.name} failed[/]: {run.read_status()['error']} ({run.path / 'traceback.txt'})")
+    return int(bool(failed))
+
+
+def write_report(args: argparse.Namespace) -> int:
+    """
+    :param args: of ``report``
+    :return: exit code
+    """
+    from modip_sb3.benchmark.report import write
+
+    write(args.runs, args.out or args.runs / "report", args.baseline)
+    return 0
+
+
+if __name__ == "__main__":
+    main()

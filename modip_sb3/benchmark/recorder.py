@@ -1,0 +1,222 @@
+"""Evaluations, checkpoints and time of a run, as a callback of ``learn()``."""
+
+import inspect
+import random
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import set_random_seed
+
+from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder, write_json
+from modip_sb3.evaluation import evaluate
+from modip_sb3.policies import ActingMode
+
+STATUS_INTERVAL = 1.0  # seconds between two updates of what the live table shows
+MB = 1e6
+
+
+@dataclass
+class Totals:
+    """What a run has taken so far; a part that was lost to a kill does not count."""
+
+    train_seconds: float = 0.0
+    """Offline phase and online learning, without evaluations and checkpoints"""
+    offline_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    checkpoint_seconds: float = 0.0
+    peak_memory_mb: float = 0.0
+
+    def steps_per_second(self, env_steps: int) -> float | None:
+        """
+        :param env_steps: environment steps so far
+        :return: of online learning, without evaluations; None before it
+        """
+        online = self.train_seconds - self.offline_seconds
+        return env_steps / online if env_steps > 0 and online > 0 else None
+
+
+class Recorder(BaseCallback):
+    """
+    Evaluates and checkpoints before the first environment step (after the offline phase), then every ``freq`` steps,
+    and at the end; always between two rollouts, when everything collected is stored and learned from.
+
+    :param run: the run's folder
+    :param settings: of the run
+    :param env_kwargs: of the environments
+    :param totals: what the run has taken so far
+    :param rows: evaluation episodes so far
+    """
+
+    def __init__(
+        self, run: RunFolder, settings: dict[str, Any], env_kwargs: dict[str, Any], totals: Totals, rows: list[Row]
+    ) -> None:
+        super().__init__()
+        self.run, self.settings, self.env_kwargs = run, settings, env_kwargs
+        self.totals, self.rows = totals, rows
+        self.last_evaluation = int(rows[-1]["env_steps"]) if rows else -1
+        self.status_time = 0.0
+
+    def _on_training_start(self) -> None:
+        self.since = time.perf_counter()
+
+    def _on_rollout_start(self) -> None:
+        freq = self.settings["evaluation"]["freq"]
+        if self.last_evaluation < 0 or self.num_timesteps // freq > self.last_evaluation // freq:
+            self.record()
+
+    def _on_step(self) -> bool:
+        if time.perf_counter() - self.status_time > STATUS_INTERVAL:
+            self._stop_watch()
+            self._report()
+        return True
+
+    def _on_training_end(self) -> None:
+        if self.num_timesteps > self.last_evaluation:
+            self.record()
+
+    def _stop_watch(self) -> None:
+        now = time.perf_counter()
+        self.totals.train_seconds += now - self.since
+        self.since = now
+
+    def record(self) -> None:
+        """Evaluate, then save everything; neither counts as training time."""
+        self._stop_watch()
+        if self.num_timesteps == 0:
+            self.totals.offline_seconds = self.totals.train_seconds
+        self.rows += self._evaluate()
+        self.last_evaluation = self.num_timesteps
+        self.totals.evaluation_seconds += time.perf_counter() - self.since
+        started = time.perf_counter()
+        self.save()
+        self.totals.checkpoint_seconds += time.perf_counter() - started
+        self._report()
+        self.since = time.perf_counter()
+
+    def _evaluate(self) -> list[Row]:
+        rows = []
+        protocol = self.settings["evaluation"]
+        with isolated_rng(self.settings["seed"]):
+            for inference in inferences(self.model):
+                result = evaluate(
+                    self.model,
+                    self.settings["env"],
+                    protocol["episodes"],
+                    inference,
+                    protocol["seed"],
+                    self.settings["deterministic"],
+                    env_kwargs=self.env_kwargs,
+                )
+                successes = [None] * len(result.returns) if result.successes is None else result.successes.astype(int)
+                acted = (self.num_timesteps, round(self.totals.train_seconds, 3), inference)
+                for episode, figures in enumerate(zip(result.returns, result.lengths, successes, strict=True)):
+                    rows.append(dict(zip(EVALUATION_COLUMNS, (*acted, episode, *figures), strict=True)))
+        return rows
+
+    def save(self) -> None:
+        """A checkpoint; the evaluations beside it are those in it."""
+        self.totals.peak_memory_mb = peak_memory_mb(self.totals)
+        with self.run.new_checkpoint(self.num_timesteps) as folder:
+            save_model(self.model, folder)
+            if getattr(self.model, "replay_buffer", None) is not None:
+                self.model.save_replay_buffer(folder / "replay_buffer.pkl")  # type: ignore[attr-defined]
+            th.save(rng_state(), folder / "rng.pt")
+            write_json(folder / "totals.json", asdict(self.totals))
+            RunFolder(folder).write_evaluations(self.rows)
+            shutil.copy(self.run.path / "progress.csv", folder)
+        self.run.write_evaluations(self.rows)
+
+    def _report(self) -> None:
+        self.status_time = time.perf_counter()
+        last = [row for row in self.rows if row["env_steps"] == self.last_evaluation]
+        means = {
+            inference: float(np.mean([float(row["return"]) for row in last if row["inference"] == inference]))
+            for inference in dict.fromkeys(row["inference"] for row in last)
+        }
+        self.run.update_status(
+            env_steps=self.num_timesteps,
+            steps_per_second=self.totals.steps_per_second(self.num_timesteps),
+            last_evaluation={"env_steps": self.last_evaluation, **means} if last else None,
+            **asdict(self.totals),
+        )
+
+
+# ----------------------------------------------------------------------- helpers
+
+
+def inferences(model: BaseAlgorithm) -> tuple[ActingMode, ...]:
+    """
+    :param model: an algorithm
+    :return: who can act for it
+    """
+    return ("policy", "planner") if "inference" in inspect.signature(type(model)).parameters else ("policy",)
+
+
+def save_model(model: BaseAlgorithm, folder: Path) -> None:
+    """
+    SB3's ``model.zip``, and ``vecnormalize.pkl`` if observations or rewards are normalised.
+
+    :param model: what to save
+    :param folder: where
+    """
+    statistics = model.get_vec_normalize_env()
+    if statistics is not None:
+        statistics.save(str(folder / "vecnormalize.pkl"))
+    model.save(folder / "unfinished-model.zip")
+    (folder / "unfinished-model.zip").replace(folder / "model.zip")
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every global random generator."""
+    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
+    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": th.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """
+    :param state: what :func:`rng_state` returned
+    """
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    th.set_rng_state(state["torch"])
+    if state["cuda"]:
+        th.cuda.set_rng_state_all(state["cuda"])
+
+
+@contextmanager
+def isolated_rng(seed: int) -> Iterator[None]:
+    """
+    Evaluations draw the same numbers each time, and training draws those it would draw without them.
+
+    :param seed: of the random generators inside
+    """
+    state = rng_state()
+    set_random_seed(seed)
+    try:
+        yield
+    finally:
+        set_rng_state(state)
+
+
+def peak_memory_mb(totals: Totals) -> float:
+    """
+    :param totals: of the run, whose earlier sessions count too
+    :return: the most that the process held, without what it was forked from where /proc tells
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+        peak = int(line.split()[1]) * 1024 / MB
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / MB  # in bytes on macOS
+    return max(peak, totals.peak_memory_mb)
