@@ -117,7 +117,7 @@ class RLPD(OfflineDataAlgorithm, SAC):
     :param gamma: discount factor
     :param train_freq: environment steps (or episodes) between updates
     :param gradient_steps: updates of the critics each time; -1 for as many as environment steps. The paper's 20 take
-        about a second for each environment step on one CPU core, these 4 a fifth of it
+        .8 s for each environment step on one CPU core; these 2 take about as long as a step of MODIP
     :param action_noise: added to what is executed; the policy explores without it
     :param replay_buffer_class: replay buffer of the online experience, SB3's by default
     :param replay_buffer_kwargs: its keyword arguments
@@ -164,7 +164,7 @@ class RLPD(OfflineDataAlgorithm, SAC):
         tau: float = 0.005,
         gamma: float = 0.99,
         train_freq: int | tuple[int, str] = 1,
-        gradient_steps: int = 4,
+        gradient_steps: int = 2,
         action_noise: ActionNoise | None = None,
         replay_buffer_class: type[ReplayBuffer] | None = None,
         replay_buffer_kwargs: dict[str, Any] | None = None,
@@ -172,7 +172,7 @@ class RLPD(OfflineDataAlgorithm, SAC):
         n_steps: int = 1,
         offline_dataset: DatasetSources | None = None,
         offline_fraction: float = 0.5,
-        policy_delay: int = 4,
+        policy_delay: int = 2,
         n_target_critics: int = 2,
         backup_entropy: bool = True,
         ent_coef: str | float = "auto",
