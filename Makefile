@@ -49,7 +49,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(STALE)
 
 # On top of the other stamp, so that 'make -j demo test' never installs twice at once.
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(INSTALL) -e ".[dev,plots,zoo,kitchen,robomimic]"
+	$(INSTALL) -e ".[dev,plots,zoo,benchmark,ray,kitchen,robomimic]"
 	$(INSTALL) --no-deps robosuite==1.4.1 robomimic==0.3.0  # why without dependencies: pyproject.toml
 	@touch $@
 

@@ -165,5 +165,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     :return: for each that differs, a phrase with both values
     """
     before, after = flatten(old), flatten(new)
-    names = [name for name in {**before, **after} if before.get(name) != after.get(name)]
-    return [f"{name} was {before.get(name)!r} and is now {after.get(name)!r}" for name in names]
+    names = [name for name in {**before, **after} if before.get(name, _ABSENT) != after.get(name, _ABSENT)]
+    return [f"{name} was {_shown(before, name)} and is now {_shown(after, name)}" for name in names]
+
+
+_ABSENT = object()
+
+
+def _shown(values: Mapping[str, Any], name: str) -> str:
+    return repr(values[name]) if name in values else "absent"

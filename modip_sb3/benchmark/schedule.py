@@ -149,7 +149,9 @@ class RayBackend:
         except ImportError as error:
             raise ImportError('--backend ray needs Ray: run pip install "modip-sb3[ray]".') from error
         self._ray = ray
-        here: dict[str, Any] = {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads, "include_dashboard": False}
+        here: dict[str, Any] = (
+            {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads, "include_dashboard": False}
+        )
         ray.init(log_to_driver=False, **here)
         # max_calls=1: a process for each run, so that memory can be measured
         options: dict[str, Any] = {"num_cpus": threads, "max_calls": 1, "max_retries": 0}
