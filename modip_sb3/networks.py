@@ -78,6 +78,17 @@ class EnsembleLinear(nn.Module):
         return th.baddbmm(self.bias, inputs, self.weight)  # (E, N, out)
 
 
+def init_truncated_normal(module: nn.Module) -> None:
+    """
+    TD-MPC2's initialisation, for :meth:`torch.nn.Module.apply`.
+
+    :param module: if it is a linear layer, its weights become truncated normal with std 0.02, and its biases zero
+    """
+    if isinstance(module, nn.Linear | EnsembleLinear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        nn.init.zeros_(module.bias)
+
+
 class EnsembleLayerNorm(nn.Module):
     """
     LayerNorm with an affine transform of its own for each of ``num_members`` members.
