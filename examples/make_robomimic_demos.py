@@ -50,7 +50,8 @@ class Waypoint(NamedTuple):
 
     position: np.ndarray
     fingers: float
-    tolerance: float = 0.01
+    tolerance: float = 0.01  # metres
+    turn_tolerance: float = 0.1  # radians
     of: str = "hand"  # "grasp": relative to where the object is taken; "object": it is the object that should be there
 
 
@@ -87,8 +88,8 @@ def plan(task: str, rng: np.random.Generator) -> list[Waypoint]:
         *way,
         up,
         Waypoint(np.array([*place, height]), CLOSED, 0.03),
-        Waypoint(np.array([*place, 0.93]), CLOSED, 0.03),
-        Waypoint(np.array([*place, 0.93]), OPEN, 0.05),
+        Waypoint(np.array([*place, 0.93]), CLOSED, 0.03, 0.3),  # far out, the arm cannot keep the hand upright
+        Waypoint(np.array([*place, 0.93]), OPEN, 0.05, 0.3),
         Waypoint(np.array([*place, height]), OPEN),
     ]
 
@@ -122,7 +123,7 @@ class Demonstrator:
         waypoint = self.waypoints[self.index]
         error, turn = self._error(waypoint, obs), self._turn(waypoint, obs)
         at_rest = gap < 0.075 and abs(gap - self.gap) < 5e-4 if waypoint.fingers == CLOSED else gap > 0.07
-        if np.linalg.norm(error) < waypoint.tolerance and np.linalg.norm(turn) < 0.1 and at_rest:
+        if np.linalg.norm(error) < waypoint.tolerance and np.linalg.norm(turn) < waypoint.turn_tolerance and at_rest:
             self.index = min(self.index + 1, len(self.waypoints) - 1)
         if waypoint.fingers == CLOSED and gap < 0.01:
             self.index = 0
@@ -194,6 +195,36 @@ def record(env: gym.Env, task: str, seed: int) -> Episode:
     return Episode(data, np.array(states), model, info["is_success"])
 
 
+def make_demos(path: Path, task: str, num_episodes: int, seed: int = 0, keep_failures: bool = False) -> None:
+    """
+    Record episodes until there are enough, say how many succeeded, and write them as robomimic does.
+
+    :param path: the HDF5 file, which must not exist
+    :param task: "lift", "can" or "square"
+    :param num_episodes: episodes to write
+    :param seed: of all episodes
+    :param keep_failures: write unsuccessful episodes as well
+    """
+    env = gym.make(f"modip/{task}-scripted-v1")
+    kept: list[Episode] = []
+    successes = attempts = 0
+    with tqdm(total=num_episodes, desc=f"{task} demonstrations", unit=" episodes") as bar:
+        while len(kept) < num_episodes:
+            episode = record(env, task, seed=10_000 * seed + attempts)
+            attempts += 1
+            successes += episode.success
+            if episode.success or keep_failures:
+                kept.append(episode)
+                bar.update()
+            bar.set_postfix(success=f"{successes}/{attempts}")
+    dataset = concatenate([episode.data for episode in kept])
+    env_args = env.unwrapped.env_args  # type: ignore[attr-defined]
+    save_robomimic(dataset, path, env_args, [episode.states for episode in kept], [episode.model for episode in kept])
+    lengths = dataset.episode_lengths
+    print(f"{successes} of {attempts} episodes succeeded ({successes / attempts:.1%})")
+    print(f"{path}: {len(kept)} episodes of {lengths.min()} to {lengths.max()} steps, {lengths.mean():.0f} on average")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=SHAPES, default="lift")
@@ -205,27 +236,7 @@ def main() -> None:
     output = args.output or Path("runs") / args.task / "demos.hdf5"
     if output.exists():
         parser.error(f"{output} exists and is not replaced; choose another --output, or remove it first.")
-
-    env = gym.make(f"modip/{args.task}-scripted-v1")
-    kept: list[Episode] = []
-    successes = attempts = 0
-    with tqdm(total=args.episodes, desc=args.task, unit=" episodes") as bar:
-        while len(kept) < args.episodes:
-            episode = record(env, args.task, seed=10_000 * args.seed + attempts)
-            attempts += 1
-            successes += episode.success
-            if episode.success or args.keep_failures:
-                kept.append(episode)
-                bar.update()
-            bar.set_postfix(success=f"{successes}/{attempts}")
-    dataset = concatenate([episode.data for episode in kept])
-    env_args = env.unwrapped.env_args  # type: ignore[attr-defined]
-    save_robomimic(dataset, output, env_args, [episode.states for episode in kept], [episode.model for episode in kept])
-    print(f"{successes} of {attempts} episodes succeeded ({successes / attempts:.1%})")
-    lengths = dataset.episode_lengths
-    print(
-        f"{output}: {len(kept)} episodes of {lengths.min()} to {lengths.max()} steps, {lengths.mean():.0f} on average"
-    )
+    make_demos(output, args.task, args.episodes, args.seed, args.keep_failures)
 
 
 if __name__ == "__main__":

@@ -162,11 +162,11 @@ def test_demonstrations_and_fine_tuning(tmp_path: Path) -> None:
     assert demos.episode_returns.min() >= 2 and f"{demos.num_transitions:,} steps" in printed and "100.0%" in again
 
     budget = "--pretrain 5 --clone 5 --timesteps 102 --episodes 1 --output out".split()
-    printed = run_example("finetune_kitchen.py", tmp_path, *budget)
-    with open(tmp_path / "out" / "finetune.csv", newline="") as file:
+    printed = run_example("finetune_robots.py", tmp_path, "--task", "kitchen", *budget)
+    with open(tmp_path / "out" / "finetune-0.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row["stage"] for row in rows] == ["BC", "MODIP, policy alone", "MODIP, policy + planner"]
     for row in rows:
-        assert 0 <= float(row["completed/4"]) == float(row["completed"]) / 4 <= 1
-        assert 0 <= float(row["all_four"]) <= float(row["completed/4"])
-    assert "completed / 4" in printed and "all four" in printed and (tmp_path / "out" / "modip.zip").is_file()
+        assert 0 <= float(row["score"]) == float(row["return"]) / 4 <= 1
+        assert 0 <= float(row["success"]) <= float(row["score"])
+    assert "subtasks of 4" in printed and (tmp_path / "out" / "modip.zip").is_file()

@@ -1,5 +1,6 @@
 """robomimic's tasks as Gymnasium environments: the datasets' observations, success, states, seeds and errors."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -228,8 +229,13 @@ def test_demonstrations(demos: Path) -> None:
 
 @needs_robosuite
 def test_finetune_robomimic(demos: Path) -> None:
-    budget = "--pretrain 3 --clone 3 --timesteps 110 --episodes 1".split()
-    printed = run_example("finetune_robomimic.py", demos.parent, "--dataset", demos.name, *budget)
-    for stage in ("cloned", "fine-tuned, policy alone", "fine-tuned, policy + planner"):
-        assert f"{stage}: success in" in printed
-    assert {path.name for path in (demos.parent / "runs" / "lift").iterdir()} == {"bc.zip", "modip.zip", "tensorboard"}
+    budget = "--pretrain 3 --clone 3 --timesteps 110 --episodes 1 --seed 1".split()
+    printed = run_example("finetune_robots.py", demos.parent, "--task", "lift", "--dataset", demos.name, *budget)
+    assert "modip/lift-scripted-v1, seed 1" in printed
+    folder = demos.parent / "runs" / "lift"
+    assert {path.name for path in folder.iterdir()} == {"bc.zip", "modip.zip", "tensorboard", "finetune-1.csv"}
+    with open(folder / "finetune-1.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["BC", "MODIP, policy alone", "MODIP, policy + planner"]
+    for row in rows:
+        assert float(row["return"]) == float(row["score"]) == float(row["success"]) in (0, 1)
