@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from modip_sb3.baselines import TDMPC2
 from modip_sb3.modip import MODIP
 
 if TYPE_CHECKING:
@@ -81,12 +82,65 @@ def sample_modip_params(
     return hyperparams
 
 
+def convert_tdmpc2_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    Settings of TD-MPC2 from what Optuna sampled, as :func:`convert_modip_params` makes them.
+
+    :param sampled_params: the parameters of a trial
+    :return: the keyword arguments
+    """
+    params = sampled_params.copy()
+    params["gamma"] = 1 - params.pop("one_minus_gamma")
+    params["policy_kwargs"] = {"horizon": params.pop("horizon")}
+    num_samples, min_std = 2 ** params.pop("num_samples_pow"), params.pop("min_std")
+    params["planner_kwargs"] = {
+        "num_samples": num_samples,
+        "num_elites": num_samples // 8,
+        "num_iterations": params.pop("num_iterations"),
+        "min_std": min_std,
+        "max_std": min_std * params.pop("std_ratio"),
+    }
+    return params
+
+
+def sample_tdmpc2_params(
+    trial: "optuna.Trial", n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    The search space of ``train --optimize``.
+
+    :param trial: what samples
+    :param n_actions: dimension of the action space (unused)
+    :param n_envs: number of environments (unused)
+    :param additional_args: about HER (unused)
+    :return: keyword arguments of TD-MPC2
+    """
+    params = {
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 1e-3, log=True),
+        "one_minus_gamma": trial.suggest_float("one_minus_gamma", 5e-3, 0.05, log=True),
+        "tau": trial.suggest_float("tau", 2e-3, 0.05, log=True),
+        "rho": trial.suggest_float("rho", 0.3, 1.0),
+        "entropy_coef": trial.suggest_float("entropy_coef", 1e-5, 1e-2, log=True),
+        "horizon": trial.suggest_int("horizon", 1, 5),
+        "num_samples_pow": trial.suggest_int("num_samples_pow", 5, 9),
+        "num_iterations": trial.suggest_int("num_iterations", 2, 8),
+        "min_std": trial.suggest_float("min_std", 0.01, 0.3, log=True),
+        "std_ratio": trial.suggest_float("std_ratio", 2.0, 50.0, log=True),
+        "train_freq": trial.suggest_int("train_freq", 1, 8, log=True),
+        "gradient_steps": trial.suggest_int("gradient_steps", 1, 4, log=True),
+    }
+    hyperparams = convert_tdmpc2_params(params)
+    for name in ("gamma", "policy_kwargs", "planner_kwargs"):
+        trial.set_user_attr(name, hyperparams[name])
+    return hyperparams
+
+
 def register() -> None:
     """Add our algorithms to rl_zoo3's registries."""
-    _import("rl_zoo3").ALGOS["modip"] = MODIP
+    _import("rl_zoo3").ALGOS.update(modip=MODIP, tdmpc2=TDMPC2)
     hyperparams_opt = _import("rl_zoo3.hyperparams_opt")
-    hyperparams_opt.HYPERPARAMS_SAMPLER["modip"] = sample_modip_params
-    hyperparams_opt.HYPERPARAMS_CONVERTER["modip"] = convert_modip_params
+    hyperparams_opt.HYPERPARAMS_SAMPLER.update(modip=sample_modip_params, tdmpc2=sample_tdmpc2_params)
+    hyperparams_opt.HYPERPARAMS_CONVERTER.update(modip=convert_modip_params, tdmpc2=convert_tdmpc2_params)
 
 
 def _import(name: str) -> ModuleType:
