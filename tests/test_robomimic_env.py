@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv
 from test_examples import run_example
 
 from modip_sb3 import OfflineDataset
+from modip_sb3.benchmark import fidelity
 from modip_sb3.envs import ROBOMIMIC_TASKS
 from modip_sb3.envs.robomimic import INSTALL, RobomimicEnv, benchmark_env_args, read_env_args
 
@@ -84,7 +86,7 @@ def test_same_observations_as_robomimic(task: str, monkeypatch: pytest.MonkeyPat
     theirs = EnvRobosuite(env_args["env_name"], **env_args["env_kwargs"])
     found = theirs.reset_to({"model": ours.model_xml, "states": ours.simulator_state})
     expected = np.concatenate([found[key] for key in ours.obs_keys])
-    np.testing.assert_allclose(ours._observe(), expected, atol=1e-6)
+    np.testing.assert_allclose(ours.observe(), expected, atol=1e-6)
     assert len(ours.obs_keys) == (7 if task == "transport" else 4)
     assert theirs.is_success() == {"task": False}
 
@@ -98,13 +100,23 @@ def test_stored_states_give_stored_observations(demos: Path) -> None:
         models = [file[f"data/demo_{i}"].attrs["model_file"] for i in range(2)]
     env.reset(seed=0)
     for i in range(0, dataset.num_transitions, 7):
-        env._set_state(states[i])
-        np.testing.assert_allclose(env._observe(), dataset.observations[i], atol=1e-6)
+        env.simulator_state = states[i]
+        np.testing.assert_allclose(env.observe(), dataset.observations[i], atol=1e-6)
     sizes = []
     for model in models:  # robosuite draws the cube's size, which is in the model alone
         env.reset(seed=0, options={"model": model})
         sizes.append(env.robosuite_env.sim.model.geom_size.sum())
     assert sizes[0] != sizes[1]
+
+
+@needs_robosuite
+def test_fidelity(demos: Path, tmp_path: Path) -> None:
+    assert fidelity.main([str(demos), "--every", "10"]) == 0
+    shutil.copy(demos, changed := tmp_path / "changed.hdf5")
+    with h5py.File(changed, "r+") as file:
+        file["data/demo_1/obs/object"][10, 2] += 1e-4  # metres
+    assert fidelity.main([str(changed), "--every", "10"]) == 1
+    assert fidelity.main([str(changed), "--every", "10", "--tolerance", "1e-3"]) == 0
 
 
 @needs_robosuite
@@ -187,6 +199,15 @@ def test_descriptions(tmp_path: Path) -> None:
     in_one_sentence(error, "env_args have type 2, expected 1")
     with pytest.raises(FileNotFoundError):
         read_env_args(tmp_path / "other.json")
+
+
+@needs_robosuite
+def test_data_without_states(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with h5py.File(tmp_path / "lift.hdf5", "w") as file:
+        file.create_group("data").attrs["env_args"] = json.dumps(benchmark_env_args("Lift"))
+        file.create_group("data/demo_0/obs")
+    assert fidelity.main([str(tmp_path / "lift.hdf5")]) == 2
+    assert "demo_0 holds ['obs'], expected states and obs; extract them first." in capsys.readouterr().err
 
 
 @needs_robosuite

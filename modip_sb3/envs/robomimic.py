@@ -159,7 +159,8 @@ class RobomimicEnv(gym.Env[np.ndarray, np.ndarray]):
         found["object"] = found["object-state"]
         return {key: np.asarray(found[key], np.float32).reshape(-1) for key in self.obs_keys}
 
-    def _observe(self) -> np.ndarray:
+    def observe(self) -> np.ndarray:
+        """The observation of the present simulator state."""
         return np.concatenate(list(self._observe_by_key().values()))
 
     def split(self, observations: np.ndarray) -> dict[str, np.ndarray]:
@@ -174,6 +175,20 @@ class RobomimicEnv(gym.Env[np.ndarray, np.ndarray]):
     def simulator_state(self) -> np.ndarray:
         """Time, positions and velocities of the simulator in one vector, as robomimic stores them."""
         return np.array(self.robosuite_env.sim.get_state().flatten())
+
+    @simulator_state.setter
+    def simulator_state(self, state: np.ndarray) -> None:
+        if np.shape(state) != (expected := self.simulator_state.shape):
+            raise ValueError(
+                f"The simulator state has shape {np.shape(state)}, expected {expected} for "
+                f"{self.env_args['env_name']}; use states of this task."
+            )
+        sim = self.robosuite_env.sim
+        sim.set_state_from_flattened(np.asarray(state, np.float64))
+        sim.forward()
+        for robot in self.robosuite_env.robots:  # they hold their pose until told otherwise
+            robot.controller.update(force=True)
+            robot.controller.update_initial_joints(robot._joint_positions)
 
     @property
     def model_xml(self) -> str:
@@ -198,27 +213,14 @@ class RobomimicEnv(gym.Env[np.ndarray, np.ndarray]):
             if "model" in options:
                 self.robosuite_env.reset_from_xml_string(self.robosuite_env.edit_model_xml(options["model"]))
         if "state" in options:
-            self._set_state(np.asarray(options["state"], np.float64))
-        return self._observe(), {}
-
-    def _set_state(self, state: np.ndarray) -> None:
-        if state.shape != (expected := self.simulator_state.shape):
-            raise ValueError(
-                f"The simulator state has shape {state.shape}, expected {expected} for {self.env_args['env_name']}; "
-                "use states of this task."
-            )
-        sim = self.robosuite_env.sim
-        sim.set_state_from_flattened(state)
-        sim.forward()
-        for robot in self.robosuite_env.robots:  # they hold their pose until told otherwise
-            robot.controller.update(force=True)
-            robot.controller.update_initial_joints(robot._joint_positions)
+            self.simulator_state = options["state"]
+        return self.observe(), {}
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         self.robosuite_env.step(np.asarray(action, np.float64))
         self.robosuite_env.sim.forward()  # robosuite observes one simulation step (2 ms) late
         success = bool(self.robosuite_env._check_success())
-        return self._observe(), float(success), success and self.terminate_on_success, False, {"is_success": success}
+        return self.observe(), float(success), success and self.terminate_on_success, False, {"is_success": success}
 
     def render(self) -> np.ndarray | None:
         if self.render_mode is None:
