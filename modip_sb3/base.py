@@ -16,12 +16,12 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 from tqdm.rich import tqdm
 
+from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolicy
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.datasets import DatasetSources, OfflineDataset
 from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
 from modip_sb3.planner import PlanTracker
-from modip_sb3.policies import ActingMode, ChunkState, PlanningPolicy
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
@@ -63,7 +63,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     :param kwargs: keyword arguments of :class:`OffPolicyAlgorithm`
     """
 
-    policy: PlanningPolicy
+    policy: ActingPolicy
     replay_buffer: SequenceReplayBuffer
     max_grad_norm: float
     optimizer_names: tuple[str, ...] = ()
@@ -135,7 +135,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         episode_start: np.ndarray | None = None,
         deterministic: bool = False,
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """The next action, with ``inference``; parameters as in :meth:`PlanningPolicy.predict`."""
+        """The next action, with ``inference``; parameters as in :meth:`ActingPolicy.predict`."""
         self.policy.inference = self.inference
         return self.policy.predict(observation, state, episode_start, deterministic)
 
@@ -281,6 +281,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     def _log_realized_plans(self, new_obs: Any) -> None:
         values = np.zeros(self.n_envs)
         if self._plan_tracker.needs_values:
+            assert isinstance(self.policy, PlanningPolicy)
             with th.no_grad():
                 obs, _ = self.policy.obs_to_tensor(new_obs)
                 values = self.policy.estimate_values(obs).cpu().numpy()

@@ -1,6 +1,5 @@
 """The policy: everything that is needed to act, with the diffusion model or with the planner."""
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any, Literal
@@ -8,27 +7,20 @@ from typing import Any, Literal
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
-from stable_baselines3.common.torch_layers import (
-    BaseFeaturesExtractor,
-    CombinedExtractor,
-    FlattenExtractor,
-    get_actor_critic_arch,
-)
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolicy
 from modip_sb3.buffers import map_obs
-from modip_sb3.checks import check_at_least, check_choice, check_observation_space
+from modip_sb3.checks import check_at_least, check_choice
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.diffusion import DiffusionModel, GaussianModel, MLPDenoiser, UNetDenoiser
 from modip_sb3.networks import RunningNormalizer
 from modip_sb3.planner import MPPI, Plan
 from modip_sb3.world_model import WorldModel
 
-ActingMode = Literal["policy", "planner"]
-ChunkState = tuple[np.ndarray, np.ndarray]
+__all__ = ["ActingMode", "ChunkState", "DiffusionPolicy", "MODIPPolicy", "PlanningPolicy"]
 
 DEFAULT_NET_ARCH: dict[str, dict[str, list[int]]] = {
     "unet": {"pi": [32], "qf": [128, 128]},
@@ -36,134 +28,158 @@ DEFAULT_NET_ARCH: dict[str, dict[str, list[int]]] = {
 }
 
 
-def num_observations(obs: PyTorchObs) -> int:
+class DiffusionPolicy(ActingPolicy):
     """
-    :param obs: observations ``(B, *obs_shape)``, or a dictionary of them
-    :return: B
-    """
-    return len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
-
-
-class PlanningPolicy(BasePolicy):
-    """
-    What acts alone or with the planner, carrying a state (the rest of a chunk, the last plan) from step to step.
+    A diffusion model of action chunks and its EMA copy, which acts.
 
     :param observation_space: observation space, a Box or a Dict of Box spaces
     :param action_space: action space, a bounded Box
+    :param lr_schedule: unused here: the algorithm owns the optimisers
+    :param net_arch: widths of the denoiser, or a dictionary with them as ``pi``
+    :param denoiser: "unet" (diffusers' ``UNet1DModel``) or "mlp" (a residual MLP, several times cheaper on a CPU)
+    :param proposal: "diffusion", or "gaussian" for the ablation with a Gaussian MLP in the diffusion policy's place
+    :param action_horizon: actions in a chunk
+    :param n_action_steps: how many of them the policy executes before it predicts the next chunk
+    :param train_scheduler: class name of the diffusers scheduler for training
+    :param sample_scheduler: class name of the diffusers scheduler for sampling
+    :param scheduler_kwargs: arguments of both schedulers
+    :param num_inference_steps: denoising steps of one sample
     :param features_extractor_class: features extractor
-    :param kwargs: keyword arguments of :class:`BasePolicy`
+    :param features_extractor_kwargs: its keyword arguments
+    :param normalize_images: unused, as images are not supported
+    :param optimizer_class: the optimisers' class
+    :param optimizer_kwargs: the optimisers' keyword arguments, without the learning rate
     """
 
-    action_space: spaces.Box
-    world_model: WorldModel
-    normalizer: RunningNormalizer
-    normalizes_features: bool
-    """Whether observation features are standardised by ``normalizer``."""
-    action_horizon: int
-    """Actions in a chunk."""
-    horizon: int
-    """Environment steps that the planner looks ahead."""
-    inference: ActingMode
-    planner_kwargs: dict[str, Any]
+    actor: DiffusionModel | GaussianModel
+    actor_ema: DiffusionModel | GaussianModel
 
     def __init__(
         self,
         observation_space: spaces.Space,
         action_space: spaces.Box,
-        features_extractor_class: type[BaseFeaturesExtractor] | None,
-        *args: Any,
-        **kwargs: Any,
+        lr_schedule: Schedule,
+        net_arch: list[int] | dict[str, list[int]] | None = None,
+        denoiser: Literal["unet", "mlp"] = "unet",
+        proposal: Literal["diffusion", "gaussian"] = "diffusion",
+        action_horizon: int = 4,
+        n_action_steps: int = 4,
+        train_scheduler: str = "DDPMScheduler",
+        sample_scheduler: str = "DDIMScheduler",
+        scheduler_kwargs: dict[str, Any] | None = None,
+        num_inference_steps: int = 5,
+        features_extractor_class: type[BaseFeaturesExtractor] | None = None,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
     ):
-        check_observation_space(observation_space)
-        if features_extractor_class is None:
-            is_dict = isinstance(observation_space, spaces.Dict)
-            features_extractor_class = CombinedExtractor if is_dict else FlattenExtractor
-        super().__init__(observation_space, action_space, features_extractor_class, *args, squash_output=True, **kwargs)
-        self.action_dim = get_action_dim(action_space)
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+        )
+        if not 1 <= n_action_steps <= action_horizon:
+            raise ValueError(
+                f"n_action_steps={n_action_steps} must lie between 1 and action_horizon={action_horizon}: a chunk is "
+                "executed from its start."
+            )
+        check_choice("denoiser", denoiser, *DEFAULT_NET_ARCH)
+        check_choice("proposal", proposal, "diffusion", "gaussian")
+        self.denoiser_name, self.proposal = denoiser, proposal
+        self.net_arch = DEFAULT_NET_ARCH[denoiser] if net_arch is None else net_arch
+        self.action_horizon = self.horizon = action_horizon
+        self.n_action_steps, self.inference = n_action_steps, "policy"
+        self.diffusion_kwargs: dict[str, Any] = {
+            "train_scheduler": train_scheduler,
+            "sample_scheduler": sample_scheduler,
+            "scheduler_kwargs": scheduler_kwargs,
+            "num_inference_steps": num_inference_steps,
+        }
+        self.chunk_shape = (action_horizon, self.action_dim)
+        self._build()
 
-    @abstractmethod
+    def _build(self) -> None:
+        actor_arch, _ = get_actor_critic_arch(self.net_arch)
+        self.features_extractor = self.make_features_extractor()
+        self.normalizer = RunningNormalizer(self.features_extractor.features_dim)
+        self._build_actor(self.features_extractor.features_dim, actor_arch)
+
+    def _build_actor(self, condition_dim: int, net_arch: Sequence[int]) -> None:
+        self.actor = self._make_actor(condition_dim, net_arch)
+        self.actor_ema = deepcopy(self.actor).requires_grad_(False)
+
+    def _make_actor(self, condition_dim: int, net_arch: Sequence[int]) -> DiffusionModel | GaussianModel:
+        if self.proposal == "gaussian":
+            return GaussianModel(self.chunk_shape, condition_dim, net_arch)
+        denoiser: nn.Module
+        if self.denoiser_name == "unet":
+            denoiser = UNetDenoiser(self.action_dim, condition_dim, net_arch)
+        else:
+            denoiser = MLPDenoiser(self.chunk_shape, condition_dim, net_arch)
+        return DiffusionModel(denoiser, self.chunk_shape, **self.diffusion_kwargs)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data = super()._get_constructor_parameters()
+        data.update(
+            lr_schedule=self._dummy_schedule,
+            net_arch=self.net_arch,
+            denoiser=self.denoiser_name,
+            proposal=self.proposal,
+            action_horizon=self.action_horizon,
+            n_action_steps=self.n_action_steps,
+            features_extractor_class=self.features_extractor_class,
+            features_extractor_kwargs=self.features_extractor_kwargs,
+            optimizer_class=self.optimizer_class,
+            optimizer_kwargs=self.optimizer_kwargs,
+            **self.diffusion_kwargs,
+        )
+        return data
+
+    @property
+    def normalizes_features(self) -> bool:  # type: ignore[override]
+        """A features extractor that learns is its own normaliser: its output would drift away from any statistics."""
+        return not any(True for _ in self.features_extractor.parameters())
+
+    def actor_condition(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: normalised features ``(N, F)``
+        :return: what the actor is conditioned on, without gradient ``(N, C)``
+        """
+        return features.detach()
+
+    def sample_chunks(self, condition: th.Tensor, deterministic: bool = False) -> th.Tensor:
+        """
+        :param condition: see :meth:`actor_condition` ``(N, C)``
+        :param deterministic: start every denoising from zero, the noise's mean: any other fixed noise would pick one
+            behaviour out of the data's, for better or worse
+        :return: action chunks of the EMA actor in [-1, 1] ``(N, T, A)``
+        """
+        noise = condition.new_zeros(len(condition), *self.chunk_shape) if deterministic else None
+        return self.actor_ema.sample(condition, noise)
+
     def act(
         self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool
     ) -> tuple[np.ndarray, ChunkState, Plan | None]:
-        """
-        One action for each environment.
-
-        :param obs: observations ``(B, *obs_shape)``
-        :param state: chunks or plans ``(B, T, A)`` and how many of their actions were executed ``(B,)``, negative for
-            none
-        :param mode: who acts
-        :param deterministic: the same output for the same input
-        :return: actions in [-1, 1] ``(B, A)``, the next state, and the plan if one was made
-        """
-
-    @abstractmethod
-    def estimate_values(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: observations ``(B, *obs_shape)``
-        :return: the critics' mean estimate of their values ``(B,)``
-        """
-
-    def features(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: observations ``(N, *obs_shape)``
-        :return: features, normalised if the policy does so ``(N, F)``
-        """
-        features = self.extract_features(obs, self.features_extractor)
-        return self.normalizer(features) if self.normalizes_features else features
-
-    def encode(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: observations ``(N, *obs_shape)``
-        :return: latents ``(N, Z)``
-        """
-        return self.world_model.encode(self.features(obs))
-
-    def initial_state(self, n_envs: int, mode: ActingMode) -> ChunkState:
-        """
-        :param n_envs: number of environments
-        :param mode: who acts
-        :return: the state before an episode's first action
-        """
-        length = self.horizon if mode == "planner" else self.action_horizon
-        return np.zeros((n_envs, length, self.action_dim), np.float32), np.full(n_envs, -1)
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """
-        The next action; see :meth:`BasePolicy.predict`.
-
-        :param observation: of one environment or of several
-        :param state: what the last call returned; None predicts a new chunk
-        :param episode_start: where an episode begins, what is left of a chunk is dropped
-        :param deterministic: the same output for the same input
-        :return: actions in the environment's units, and the state to pass to the next call
-        """
-        self.set_training_mode(False)
-        obs, vectorized = self.obs_to_tensor(observation)
-        n_envs = num_observations(obs)
-        if state is None:
-            chunk_state = self.initial_state(n_envs, self.inference)
-        else:
-            chunk_state = state[0], state[1].copy()
-            if episode_start is not None:
-                chunk_state[1][np.asarray(episode_start, dtype=bool)] = -1
-        actions, next_state, _ = self.act(obs, chunk_state, self.inference, deterministic)
-        env_actions = self.unscale_action(actions.reshape(-1, *self.action_space.shape))
-        return (env_actions if vectorized else env_actions.squeeze(axis=0)), next_state
-
-    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
-        """The first action of a new chunk or plan, in [-1, 1] ``(B, *action_shape)``."""
-        n_envs = num_observations(observation)
-        actions, _, _ = self.act(observation, self.initial_state(n_envs, self.inference), self.inference, deterministic)
-        return th.as_tensor(actions, device=self.device).view(n_envs, *self.action_space.shape)
+        """Execute chunks of the actor, each to its end; see :meth:`ActingPolicy.act`."""
+        check_choice("inference", mode, "policy")
+        chunks, position = state[0].copy(), state[1].copy()
+        used_up = (position < 0) | (position >= self.n_action_steps)
+        if used_up.any():
+            index = th.as_tensor(np.flatnonzero(used_up), device=self.device)
+            with th.no_grad():
+                condition = self.actor_condition(self.features(map_obs(lambda part: part[index], obs)))
+            chunks[used_up] = self.sample_chunks(condition, deterministic).cpu().numpy()
+            position[used_up] = 0
+        actions = chunks[np.arange(len(position)), position]
+        return actions, (chunks, position + 1), None
 
 
-class MODIPPolicy(PlanningPolicy):
+class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     """
     Diffusion policy, its EMA copy, latent world model, critics and their targets.
 
@@ -194,9 +210,6 @@ class MODIPPolicy(PlanningPolicy):
     :param optimizer_kwargs: the optimisers' keyword arguments, without the learning rate
     """
 
-    actor: DiffusionModel | GaussianModel
-    actor_ema: DiffusionModel | GaussianModel
-
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -224,39 +237,36 @@ class MODIPPolicy(PlanningPolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ):
+        check_at_least(1, num_proposals=num_proposals, n_critics=n_critics)
+        check_choice("terminal_value", terminal_value, "v", "q")
+        check_choice("inference", inference, "policy", "planner")
+        if not 1 <= horizon <= action_horizon:
+            raise ValueError(
+                f"horizon={horizon} must lie between 1 and action_horizon={action_horizon}: a chunk is planned from "
+                "its start."
+            )
+        self.num_proposals, self.planner_kwargs = num_proposals, dict(planner_kwargs or {})
+        self.terminal_value, self.latent_dim, self.n_critics = terminal_value, latent_dim, n_critics
         super().__init__(
             observation_space,
             action_space,
+            lr_schedule,
+            net_arch,
+            denoiser,
+            proposal,
+            action_horizon,
+            n_action_steps,
+            train_scheduler,
+            sample_scheduler,
+            scheduler_kwargs,
+            num_inference_steps,
             features_extractor_class,
             features_extractor_kwargs,
-            normalize_images=normalize_images,
-            optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
+            normalize_images,
+            optimizer_class,
+            optimizer_kwargs,
         )
-        if not 1 <= n_action_steps <= action_horizon or not 1 <= horizon <= action_horizon:
-            raise ValueError(
-                f"n_action_steps={n_action_steps} and horizon={horizon} must lie between 1 and "
-                f"action_horizon={action_horizon}: a chunk is executed and planned from its start."
-            )
-        check_at_least(1, num_proposals=num_proposals, n_critics=n_critics)
-        check_choice("denoiser", denoiser, *DEFAULT_NET_ARCH)
-        check_choice("proposal", proposal, "diffusion", "gaussian")
-        check_choice("terminal_value", terminal_value, "v", "q")
-        check_choice("inference", inference, "policy", "planner")
-        self.denoiser_name, self.proposal = denoiser, proposal
-        self.net_arch = DEFAULT_NET_ARCH[denoiser] if net_arch is None else net_arch
-        self.action_horizon, self.n_action_steps, self.horizon = action_horizon, n_action_steps, horizon
-        self.num_proposals, self.planner_kwargs = num_proposals, dict(planner_kwargs or {})
-        self.terminal_value, self.inference = terminal_value, inference
-        self.latent_dim, self.n_critics = latent_dim, n_critics
-        self.diffusion_kwargs: dict[str, Any] = {
-            "train_scheduler": train_scheduler,
-            "sample_scheduler": sample_scheduler,
-            "scheduler_kwargs": scheduler_kwargs,
-            "num_inference_steps": num_inference_steps,
-        }
-        self.chunk_shape = (action_horizon, self.action_dim)
-        self._build()
+        self.horizon, self.inference = horizon, inference
         self.check_planner()
 
     def _build(self) -> None:
@@ -267,69 +277,24 @@ class MODIPPolicy(PlanningPolicy):
         self.world_model = WorldModel(features_dim, self.action_dim, self.latent_dim, critic_arch)
         self.value = ValueEnsemble(self.latent_dim, 0, self.n_critics, critic_arch)
         self.critic = ValueEnsemble(self.latent_dim, self.action_dim, self.n_critics, critic_arch)
-        self.actor = self._make_actor(self.latent_dim if self.terminal_value == "q" else features_dim, actor_arch)
-        self.value_target, self.critic_target = deepcopy(self.value), deepcopy(self.critic)
-        self.actor_ema = deepcopy(self.actor)
-        for target in (self.value_target, self.critic_target, self.actor_ema):
-            target.requires_grad_(False)
-
-    def _make_actor(self, condition_dim: int, net_arch: Sequence[int]) -> DiffusionModel | GaussianModel:
-        if self.proposal == "gaussian":
-            return GaussianModel(self.chunk_shape, condition_dim, net_arch)
-        denoiser: nn.Module
-        if self.denoiser_name == "unet":
-            denoiser = UNetDenoiser(self.action_dim, condition_dim, net_arch)
-        else:
-            denoiser = MLPDenoiser(self.chunk_shape, condition_dim, net_arch)
-        return DiffusionModel(denoiser, self.chunk_shape, **self.diffusion_kwargs)
+        self._build_actor(self.latent_dim if self.terminal_value == "q" else features_dim, actor_arch)
+        self.value_target = deepcopy(self.value).requires_grad_(False)
+        self.critic_target = deepcopy(self.critic).requires_grad_(False)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data = super()._get_constructor_parameters()
-        data.update(
-            lr_schedule=self._dummy_schedule,
-            net_arch=self.net_arch,
-            denoiser=self.denoiser_name,
-            proposal=self.proposal,
-            action_horizon=self.action_horizon,
-            n_action_steps=self.n_action_steps,
-            horizon=self.horizon,
-            num_proposals=self.num_proposals,
-            planner_kwargs=self.planner_kwargs,
-            terminal_value=self.terminal_value,
-            inference=self.inference,
-            latent_dim=self.latent_dim,
-            n_critics=self.n_critics,
-            features_extractor_class=self.features_extractor_class,
-            features_extractor_kwargs=self.features_extractor_kwargs,
-            optimizer_class=self.optimizer_class,
-            optimizer_kwargs=self.optimizer_kwargs,
-            **self.diffusion_kwargs,
-        )
-        return data
-
-    @property
-    def normalizes_features(self) -> bool:  # type: ignore[override]
-        """A features extractor that learns is its own normaliser: its output would drift away from any statistics."""
-        return not any(True for _ in self.features_extractor.parameters())
+        return super()._get_constructor_parameters() | {
+            "horizon": self.horizon,
+            "num_proposals": self.num_proposals,
+            "planner_kwargs": self.planner_kwargs,
+            "terminal_value": self.terminal_value,
+            "inference": self.inference,
+            "latent_dim": self.latent_dim,
+            "n_critics": self.n_critics,
+        }
 
     def actor_condition(self, features: th.Tensor) -> th.Tensor:
-        """
-        :param features: normalised features ``(N, F)``
-        :return: what the actor is conditioned on, without gradient ``(N, C)``
-        """
-        if self.terminal_value == "q":
-            features = self.world_model.encode(features)
-        return features.detach()
-
-    def sample_chunks(self, condition: th.Tensor, deterministic: bool = False) -> th.Tensor:
-        """
-        :param condition: see :meth:`actor_condition` ``(N, C)``
-        :param deterministic: start every denoising from zero, the noise's mean: any other fixed noise would pick one
-            behaviour out of the data's, for better or worse
-        :return: action chunks of the EMA actor in [-1, 1] ``(N, T, A)``
-        """
-        noise = condition.new_zeros(len(condition), *self.chunk_shape) if deterministic else None
-        return self.actor_ema.sample(condition, noise)
+        """The features, or the latents that the planner has in their place; see :class:`DiffusionPolicy`."""
+        return super().actor_condition(self.world_model.encode(features) if self.terminal_value == "q" else features)
 
     def plan(self, obs: PyTorchObs, warm_start: th.Tensor | None = None, deterministic: bool = False) -> Plan:
         """
@@ -377,19 +342,10 @@ class MODIPPolicy(PlanningPolicy):
         "policy" executes chunks of the actor, each to its end; "planner" plans at every step, warm-started from the
         last plan; see :meth:`PlanningPolicy.act`.
         """
-        chunks, position = state[0].copy(), state[1].copy()
-        if mode == "planner":
-            last_mean = th.as_tensor(chunks, device=self.device)
-            warm_start = th.cat([last_mean[:, 1:], last_mean[:, -1:]], dim=1)
-            warm_start[position < 0] = th.nan
-            plan = self.plan(obs, warm_start, deterministic)
-            return plan.actions[:, 0].cpu().numpy(), (plan.mean.cpu().numpy(), np.ones_like(position)), plan
-        used_up = (position < 0) | (position >= self.n_action_steps)
-        if used_up.any():
-            index = th.as_tensor(np.flatnonzero(used_up), device=self.device)
-            with th.no_grad():
-                condition = self.actor_condition(self.features(map_obs(lambda part: part[index], obs)))
-            chunks[used_up] = self.sample_chunks(condition, deterministic).cpu().numpy()
-            position[used_up] = 0
-        actions = chunks[np.arange(len(position)), position]
-        return actions, (chunks, position + 1), None
+        if mode == "policy":
+            return super().act(obs, state, mode, deterministic)
+        last_mean = th.as_tensor(state[0], device=self.device)
+        warm_start = th.cat([last_mean[:, 1:], last_mean[:, -1:]], dim=1)
+        warm_start[state[1] < 0] = th.nan
+        plan = self.plan(obs, warm_start, deterministic)
+        return plan.actions[:, 0].cpu().numpy(), (plan.mean.cpu().numpy(), np.ones_like(state[1])), plan
