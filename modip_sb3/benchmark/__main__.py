@@ -27,8 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = make_parser().parse_args(argv)
     try:
         sys.exit(args.command(args))
-    except (ValueError, FileNotFoundError, ConnectionError, ImportError, BlockingIOError) as error:
-        sys.exit(f"{type(error).__name__}: {error}" if isinstance(error, OSError) else str(error))
+    except (ValueError, FileNotFoundError, ConnectionError, ImportError) as error:
+        sys.exit(str(error))
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -100,7 +100,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_config(run: RunFolder) -> dict[str, Any]:
     config = _read_json(run.path / "config.json")
     settings = config.get("settings", {})
-    if missing := {"env", "algo", "seed", "timesteps", "evaluation", "dataset"} - set(settings):
+    if missing := {"env", "algo", "seed", "timesteps", "evaluation", "dataset", "hyperparameters"} - set(settings):
         raise CorruptRun(f"config.json lacks settings {sorted(missing)}")
     if RunFolder.of(run.path.parents[2], settings).path != run.path:
         raise CorruptRun(f"its config.json is that of {settings['env']}, {settings['algo']}, seed {settings['seed']}")
@@ -183,6 +183,8 @@ def check_comparable(settings: Mapping[str, Mapping[str, Any]]) -> None:
     faults = _mixtures(protocol, lambda name: "")
     data = {name: {"dataset": s["dataset"]["sha256"][:12]} for name, s in settings.items() if s["dataset"]}
     faults += _mixtures(data, lambda name: settings[name]["env"])
+    task = {name: {"env_kwargs": s["hyperparameters"].get("env_kwargs")} for name, s in settings.items()}
+    faults += _mixtures(task, lambda name: settings[name]["env"])
     own = ("hyperparameters", "defaults", "deterministic", "device")
     of_algorithm = {name: {key: s.get(key) for key in own} for name, s in settings.items()}
     faults += _mixtures(of_algorithm, lambda name: f"{settings[name]['env']}/{settings[name]['algo']}")

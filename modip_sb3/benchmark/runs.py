@@ -63,10 +63,15 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
 
     :param folder: an existing folder
     :param wait: whether to wait for it
-    :raises BlockingIOError: if another process holds it and ``wait`` is False
+    :raises ValueError: if another process holds it and ``wait`` is False
     """
     with open(folder / ".lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{folder} is in use by another benchmark: wait for it, or choose another --output."
+            ) from error
         yield
 
 

@@ -67,6 +67,9 @@ def make_settings(
     parameters = inspect.signature(find_algorithm(algo)).parameters
     hyperparameters, source = find_hyperparameters(algo, env_id)
     hyperparameters |= overrides
+    if "policy" not in hyperparameters:
+        has_dict_obs = _has_dict_obs(env_id, json.dumps(hyperparameters.get("env_kwargs", {})))
+        hyperparameters["policy"] = "MultiInputPolicy" if has_dict_obs else "MlpPolicy"
     for name in UNSUPPORTED:
         if hyperparameters.get(name) is not None:
             raise ValueError(f"{algo} on {env_id} has {name}={hyperparameters[name]!r}: the benchmark takes none.")
@@ -138,12 +141,12 @@ def find_hyperparameters(algo: str, env_id: str) -> tuple[dict[str, Any], str]:
         for key in keys:
             if key in entries:
                 return dict(entries[key]), f"{path.parent.name}/{path.name}: {key}"
-    return {"policy": "MultiInputPolicy" if _has_dict_obs(env_id) else "MlpPolicy"}, "the algorithm's defaults"
+    return {}, "the algorithm's defaults"
 
 
 @cache
-def _has_dict_obs(env_id: str) -> bool:
-    env = gym.make(env_id)
+def _has_dict_obs(env_id: str, env_kwargs: str) -> bool:
+    env = gym.make(env_id, **json.loads(env_kwargs))
     try:
         return isinstance(env.observation_space, spaces.Dict)
     finally:
@@ -199,11 +202,15 @@ def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:
         algo, dot, parameter = name.partition(".")
         if not (colon and dot and algo and parameter):
             raise ValueError(f"-P {text}: expected algo.param:value, such as sac.learning_starts:1000.")
-        try:
-            overrides.setdefault(algo, {})[parameter] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            overrides[algo][parameter] = yaml.safe_load(value)
+        overrides.setdefault(algo, {})[parameter] = _parse_value(value)
     return overrides
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return yaml.safe_load(text)
 
 
 # -------------------------------------------------------------------- provenance

@@ -143,8 +143,12 @@ def _progress_output(folder: Path, checkpoint: Path | None) -> CSVOutputFormat:
     output = CSVOutputFormat(str(folder / "progress.csv"))
     if checkpoint is not None:
         for row in read_rows(checkpoint / "progress.csv"):
-            output.write({name: float(value) for name, value in row.items() if value}, {})
+            output.write({name: _number(value) for name, value in row.items() if value}, {})
     return output
+
+
+def _number(text: str) -> float:
+    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _milliseconds(model: Any, settings: dict[str, Any], env_kwargs: dict[str, Any], inference: ActingMode) -> float:
