@@ -220,7 +220,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         reset_num_timesteps: bool = True,
         progress_bar: bool = False,
     ) -> SelfOfflineToOnline:
-        """Plan, act, learn the model, distil; the offline phase comes first if there is data and none has been."""
+        """Act and learn; the offline phase comes first if there is data and none has been."""
         self._load_offline_data()
         run_name = tb_log_name or type(self).__name__
         return super().learn(total_timesteps, callback, log_interval, run_name, reset_num_timesteps, progress_bar)
