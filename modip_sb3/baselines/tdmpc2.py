@@ -11,12 +11,12 @@ from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 from stable_baselines3.common.vec_env import VecEnv
 
+from modip_sb3.acting import ActingMode
 from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.baselines.tdmpc2_policy import TDMPC2Policy
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_fraction
-from modip_sb3.datasets import DatasetSources
-from modip_sb3.policies import ActingMode
+from modip_sb3.datasets import DatasetSources, OfflineDataset
 from modip_sb3.world_model import compute_world_model_errors
 
 CONSISTENCY_COEF, REWARD_COEF, VALUE_COEF, TERMINATION_COEF = 20.0, 0.1, 0.1, 1.0
@@ -170,11 +170,11 @@ class TDMPC2(OfflineToOnlineAlgorithm):
         self.rho = rho
         self.entropy_coef = entropy_coef
         self.max_grad_norm = max_grad_norm
-        if self.env is not None and gamma is None:
-            self.gamma = discount_of(get_episode_length(self.env))
-        if self.env is not None and learning_starts is None and offline_dataset is None:
-            self.learning_starts = max(1000, 5 * get_episode_length(self.env))
-        if _init_setup_model:
+        if _init_setup_model:  # load() restores both numbers instead
+            if gamma is None and self.env is not None:
+                self.gamma = discount_of(get_episode_length(self.env))
+            if learning_starts is None and self.env is not None and offline_dataset is None:
+                self.learning_starts = max(1000, 5 * get_episode_length(self.env))
             self._setup_model()
 
     def _setup_model(self) -> None:
@@ -197,9 +197,9 @@ class TDMPC2(OfflineToOnlineAlgorithm):
 
     # ---------------------------------------------------------------- terminations need the head
 
-    def _load_offline_data(self) -> None:
-        super()._load_offline_data()
-        self._check_terminations(any((part.dones & ~part.timeouts).any() for part in self._offline_buffers))
+    def _buffer_of(self, dataset: OfflineDataset) -> SequenceReplayBuffer:
+        self._check_terminations(dataset.terminations.any())
+        return super()._buffer_of(dataset)
 
     def _store_transition(
         self,

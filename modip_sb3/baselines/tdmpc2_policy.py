@@ -12,11 +12,11 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, get_act
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
+from modip_sb3.acting import ActingMode, ChunkState, PlanningPolicy
 from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.networks import SimNorm, TwoHot, init_truncated_normal, mlp, zero_init
 from modip_sb3.planner import MPPI, Plan
-from modip_sb3.policies import ActingMode, ChunkState, PlanningPolicy
 from modip_sb3.world_model import WorldModel
 
 # The published sizes, by millions of parameters. "encoder_arch" are hidden layers: one more leads to the latent state.
