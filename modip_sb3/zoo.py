@@ -15,8 +15,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
+import yaml
 
-from modip_sb3.baselines import TDMPC2
+from modip_sb3.baselines import RLPD, TDMPC2, DiffusionBC
 from modip_sb3.modip import MODIP
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def sample_tdmpc2_params(
 
 def register() -> None:
     """Add our algorithms to rl_zoo3's registries."""
-    _import("rl_zoo3").ALGOS.update(modip=MODIP, tdmpc2=TDMPC2)
+    _import("rl_zoo3").ALGOS.update(modip=MODIP, tdmpc2=TDMPC2, rlpd=RLPD, diffusion_bc=DiffusionBC)
     hyperparams_opt = _import("rl_zoo3.hyperparams_opt")
     hyperparams_opt.HYPERPARAMS_SAMPLER.update(modip=sample_modip_params, tdmpc2=sample_tdmpc2_params)
     hyperparams_opt.HYPERPARAMS_CONVERTER.update(modip=convert_modip_params, tdmpc2=convert_tdmpc2_params)
@@ -163,14 +164,17 @@ def find_config(algo: str | None) -> Path | None:
 def with_config(arguments: Sequence[str]) -> list[str]:
     """
     :param arguments: of ``train``
-    :return: with our settings for the algorithm, unless a file of settings was given
+    :return: with our settings for the algorithm, unless a file of settings was given or ours leave the id to rl_zoo3's
     """
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--algo")
+    parser.add_argument("--env")
     parser.add_argument("-conf", "--conf-file")
     given, _ = parser.parse_known_args(arguments)
     config = find_config(given.algo) if given.conf_file is None else None
-    return [*arguments, "--conf-file", str(config)] if config is not None else list(arguments)
+    if config is None or not {given.env, "default"} & yaml.safe_load(config.read_text()).keys():
+        return list(arguments)
+    return [*arguments, "--conf-file", str(config)]
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,15 +15,18 @@ import h5py
 import matplotlib
 import numpy as np
 import pytest
+import rl_zoo3
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from walk import Walk, record_walk
 
 from modip_sb3 import MODIP, zoo
+from modip_sb3.baselines import RLPD, DiffusionBC
 from modip_sb3.datasets import has_reference_score
 
 ROOT = Path(__file__).parent.parent
-CONFIG = yaml.safe_load((ROOT / "zoo_configs" / "modip.yml").read_text())
+CONFIGS = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "zoo_configs").glob("*.yml")}
+CONFIG = CONFIGS["modip"]
 ENV_ID, NAME = "modip-test/walk-v0", "modip-test-walk-v0"
 RUN = ["train", "--algo", "modip", "--env", ENV_ID, "--seed", "0", "--verbose", "0"]
 SMALL = [
@@ -110,9 +113,36 @@ def test_every_entry_makes_a_model(env_id: str) -> None:
     assert model.offline_dataset == settings.get("offline_dataset")
 
 
+@pytest.mark.parametrize("algo", sorted(CONFIGS.keys() - {"modip"}))
+def test_every_entry_of_other_algorithms_makes_a_model(algo: str) -> None:
+    zoo.register()
+    made = []
+    for env_id, settings in CONFIGS[algo].items():
+        assert env_id in gym.registry or env_id == "default"
+        rest = {name: value for name, value in settings.items() if name not in ("n_timesteps", "offline_dataset")}
+        assert settings["n_timesteps"] > 0
+        if rest not in made:  # the data is not loaded, and entries differ in little else
+            rl_zoo3.ALGOS[algo](env="Pendulum-v1", **rest)
+            made.append(rest)
+
+
+@pytest.mark.parametrize("algo", ["diffusion_bc", "rlpd", "tdmpc2"])
+def test_baselines_have_the_data_of_modip(algo: str) -> None:
+    for env_id, settings in CONFIG.items():
+        found = CONFIGS[algo].get(env_id, CONFIGS[algo]["default"])
+        assert found.get("offline_dataset") == settings.get("offline_dataset")
+
+
+def test_settings_of_rl_zoo3_stand_for_ids_that_ours_leave_out() -> None:
+    ours = str(ROOT / "zoo_configs" / "sac.yml")
+    for env_id, added in {"Hopper-v5": ["--conf-file", ours], "BipedalWalker-v3": []}.items():
+        arguments = ["--algo", "sac", "--env", env_id]
+        assert zoo.with_config(arguments) == arguments + added
+
+
 def test_settings_are_found_beside_and_in_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert zoo.find_config("modip") == ROOT / "zoo_configs" / "modip.yml"
-    assert zoo.find_config("sac") is None
+    assert zoo.find_config("ppo") is None
     installed = tmp_path / "modip_sb3" / "zoo_configs" / "modip.yml"
     installed.parent.mkdir(parents=True)
     installed.touch()
@@ -144,6 +174,25 @@ def test_train(trained: Path) -> None:
     events = [EventAccumulator(str(run)).Reload() for run in trained.parents[2].glob("tb/*/*")]
     tags = {tag for event in events for tag in event.Tags()["scalars"]}
     assert {"pretrain/actor_loss", "train/actor_loss", "eval/mean_reward"} <= tags
+
+
+@pytest.mark.parametrize(
+    ("algo", "cls", "small"),
+    [
+        ("rlpd", RLPD, ["learning_starts:10", "policy_kwargs:dict(net_arch=[16])"]),
+        ("diffusion_bc", DiffusionBC, ["pretrain_steps:7", "policy_kwargs:dict(denoiser='mlp', net_arch=[16])"]),
+    ],
+)
+def test_train_and_enjoy_baselines(
+    algo: str, cls: type[RLPD | DiffusionBC], small: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    which = ["--algo", algo, "--env", ENV_ID]
+    settings = ["--hyperparams", "batch_size:8", *small, DATA, "normalize:True"]
+    run("train", *which, "--seed", "0", "--verbose", "0", *settings, "-n", "40", "--eval-freq", "20")
+    model = cls.load(f"logs/{algo}/{NAME}_1/{NAME}.zip")
+    assert (model.num_timesteps, model.batch_size, model.offline_dataset) == (40, 8, "data/walk.hdf5")
+    run("enjoy", *which, "-f", "logs", "--exp-id", "1", "-n", "30", "--no-render", "--load-best")
+    assert "Mean reward: " in capsys.readouterr().out
 
 
 def test_time_limits_are_no_terminations(trained: Path) -> None:
