@@ -278,7 +278,8 @@ class TDMPC2Policy(PlanningPolicy):
 
     def _roll_prior(self, latents: th.Tensor, noise: th.Tensor | None) -> th.Tensor:
         """Sequences of the prior in the world model: ``(B, Z)``, noise ``(H, n, A)`` -> ``(B, n, H, A)``."""
-        states, sequence = latents.repeat_interleave(self.num_proposals, dim=0), []
+        states = latents.repeat_interleave(self.num_proposals, dim=0)
+        sequence: list[th.Tensor] = []
         for step in range(self.horizon):
             if step > 0:
                 states = self.world_model.next(states, sequence[-1])
