@@ -194,6 +194,7 @@ def test_learning_rate_schedule(make_model: MakeModel) -> None:
     rates = [group["lr"] for optimizer in model._optimizers for group in optimizer.param_groups]
     np.testing.assert_allclose(rates, np.array([0.3, 1.0, 1.0]) * rates[-1])
     assert 0 <= rates[-1] < 2e-3
+    assert (model.model_optimizer.defaults["eps"], model.actor_optimizer.defaults["eps"]) == (1e-8, 1e-5)  # official
     encoder = model.model_optimizer.param_groups[0]["params"]
     assert {id(p) for p in encoder} == {id(p) for p in model.policy.world_model.encoder.parameters()}
     optimised = sum(p.numel() for o in model._optimizers for group in o.param_groups for p in group["params"])

@@ -190,7 +190,8 @@ class TDMPC2(OfflineToOnlineAlgorithm):
         self.model_optimizer = self._make_optimizer(
             [{"params": encoder, "lr_scale": 0.3}, {"params": [*rest, *policy.critic.parameters()], "lr_scale": 1.0}]
         )
-        self.actor_optimizer = self._make_optimizer(policy.actor.parameters())
+        adam = issubclass(policy.optimizer_class, th.optim.Adam)  # AdamW is one too
+        self.actor_optimizer = self._make_optimizer(policy.actor.parameters(), **({"eps": 1e-5} if adam else {}))
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return super()._get_torch_save_params()[0], ["q_scale"]
