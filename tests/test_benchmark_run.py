@@ -75,15 +75,15 @@ def test_suites_name_registered_environments() -> None:
 def test_settings_are_ours_then_those_of_rl_zoo3_then_defaults() -> None:
     found = {
         (algo, env_id): benchmark_settings.find_hyperparameters(algo, env_id)
-        for algo, env_id in (("modip", ENV_ID), ("sac", ENV_ID), ("sac", "Hopper-v5"))
+        for algo, env_id in (("modip", ENV_ID), ("td3", ENV_ID), ("td3", "Hopper-v5"))
     }
     assert [source for _, source in found.values()] == [
         "zoo_configs/modip.yml: Pendulum-v1",
-        "hyperparams/sac.yml: Pendulum-v1",
+        "hyperparams/td3.yml: Pendulum-v1",
         "the algorithm's defaults",
     ]
-    assert found["sac", ENV_ID][0]["learning_rate"] == 1e-3
-    made = make_settings("Hopper-v5", "sac", 0, 100, PROTOCOL, None, {})
+    assert found["td3", ENV_ID][0]["learning_rate"] == 1e-3
+    made = make_settings("Hopper-v5", "td3", 0, 100, PROTOCOL, None, {})
     assert made["hyperparameters"] == {"policy": "MlpPolicy", "buffer_size": 1100} and made["defaults"]["tau"] == 0.005
 
 

@@ -3,39 +3,51 @@
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
 from bench import ENV_ID, NAME, command, run
 from rich.console import Console
 
+from modip_sb3.benchmark.__main__ import main, make_parser
+from modip_sb3.benchmark.plan import plan
 from modip_sb3.benchmark.runs import RunFolder, read_rows
-from modip_sb3.benchmark.schedule import LocalBackend, progress_table
+from modip_sb3.benchmark.schedule import LocalBackend, progress_table, run_all
 
-SCHEDULE = [(steps, episode) for steps in range(0, 1001, 20) for episode in (0, 1)]
+SCHEDULE = [(steps, episode) for steps in range(0, 301, 20) for episode in (0, 1)]
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+@pytest.fixture(autouse=True)
+def one_thread_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
 
 
-def start(arguments: list[str]) -> subprocess.Popen[str]:
-    """The command in a terminal of its own, so to speak: a group of processes that can get Ctrl-C."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "modip_sb3.benchmark", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+def _run_in_group(arguments: list[str], log: Path) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with log.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    sys.stdout, sys.stderr = (os.fdopen(stream, "w") for stream in (1, 2))  # not those of pytest
+    main(arguments)
+
+
+def start(arguments: list[str], log: Path) -> BaseProcess:
+    """The command in a group of processes of its own, which can get Ctrl-C; a fork, to save the imports."""
+    process = multiprocessing.get_context("fork").Process(target=_run_in_group, args=(arguments, log))
+    process.start()
+    return process
 
 
 def evaluated(folder: Path) -> list[int]:
@@ -57,44 +69,39 @@ def working_in(output: Path) -> list[str]:
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_stopped_then_killed_then_finished(tmp_path: Path) -> None:
-    output = tmp_path / "runs"
-    arguments = [*command(output, "sac", "modip", timesteps=1000), "--workers", "2"]
-    folders = [output / NAME / algo / "seed-0" for algo in ("sac", "modip")]
+    output, log = tmp_path / "runs", tmp_path / "log.txt"
+    arguments = command(output, "modip", timesteps=300)
+    folder = RunFolder(output / NAME / "modip" / "seed-0")
 
-    first = start(arguments)
-    wait_for(lambda: all(20 in evaluated(folder) for folder in folders))
+    first = start(arguments, log)
+    wait_for(lambda: 20 in evaluated(folder.path))
+    assert first.pid is not None
     os.killpg(first.pid, signal.SIGINT)
-    printed, _ = first.communicate(timeout=60)
-    assert first.returncode == 130 and "Stopped; the same command goes on from here." in printed
-    assert "Traceback" not in printed and not working_in(output)
-    assert [RunFolder(folder).read_status()["state"] for folder in folders] == ["stopped", "stopped"]
-    steps = [max(evaluated(folder)) for folder in folders]
-    assert all(20 <= step < 1000 for step in steps)
+    first.join(60)
+    assert first.exitcode == 130 and "Stopped; the same command goes on from here." in log.read_text()
+    assert "Traceback" not in log.read_text() + (folder.path / "output.log").read_text()
+    assert folder.read_status()["state"] == "stopped" and not working_in(output)
+    stopped_at = max(evaluated(folder.path))
 
-    second = start(arguments)
-    wait_for(lambda: all(max(evaluated(f)) > step for f, step in zip(folders, steps, strict=True)))
+    second = start(arguments, log)
+    wait_for(lambda: max(evaluated(folder.path)) > stopped_at)
     second.kill()
-    second.communicate()
+    second.join()
     wait_for(lambda: not working_in(output), 10)  # no worker outlives it
-    resumed_at = [RunFolder(folder).last_checkpoint() for folder in folders]
+    checkpoint = folder.last_checkpoint()
+    assert checkpoint is not None and folder.read_status()["state"] == "running"
 
-    last = start(arguments)
-    printed, _ = last.communicate(timeout=120)
-    assert last.returncode == 0, printed
-    for folder, checkpoint in zip(folders, resumed_at, strict=True):
-        assert checkpoint is not None
-        rows = read_rows(folder / "evaluations.csv")
-        for inference in {row["inference"] for row in rows}:
-            found = [(int(row["env_steps"]), int(row["episode"])) for row in rows if row["inference"] == inference]
-            assert found == SCHEDULE
-        sessions = RunFolder(folder).read_status()["sessions"]
-        assert (
-            len(sessions) == 3
-            and sessions[2]["from_step"] == int(checkpoint.name.split("-")[1]) >= sessions[1]["from_step"] > 0
-        )
-        assert {session["threads"] for session in sessions} == {1}
-        logged = [int(row["time/total_timesteps"]) for row in read_rows(folder / "progress.csv")]
-        assert logged == list(range(40, 1001, 40))  # every fourth episode, once
+    last = start(arguments, log)
+    last.join(240)
+    assert last.exitcode == 0, log.read_text()
+    rows = read_rows(folder.path / "evaluations.csv")
+    for inference in ("policy", "planner"):
+        found = [(int(row["env_steps"]), int(row["episode"])) for row in rows if row["inference"] == inference]
+        assert found == SCHEDULE
+    resumed_at = [session["from_step"] for session in folder.read_status()["sessions"]]
+    assert resumed_at == [0, stopped_at, int(checkpoint.name.split("-")[1])]
+    logged = [int(row["time/total_timesteps"]) for row in read_rows(folder.path / "progress.csv")]
+    assert logged == list(range(40, 301, 40))  # every fourth episode, once
 
 
 def test_failures_are_listed_and_finished_runs_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -120,10 +127,6 @@ def test_failures_are_listed_and_finished_runs_not_repeated(tmp_path: Path, capf
 
 
 def test_a_killed_worker_is_a_failed_run(tmp_path: Path) -> None:
-    from modip_sb3.benchmark.__main__ import make_parser
-    from modip_sb3.benchmark.plan import plan
-    from modip_sb3.benchmark.schedule import run_all
-
     class Killed(LocalBackend):
         """As the system kills a process that takes too much memory."""
 
@@ -140,9 +143,6 @@ def test_a_killed_worker_is_a_failed_run(tmp_path: Path) -> None:
 
 
 def test_the_table_says_how_far_each_run_is(tmp_path: Path) -> None:
-    from modip_sb3.benchmark.__main__ import make_parser
-    from modip_sb3.benchmark.plan import plan
-
     waiting, stopped, learning, cloning = plan(
         make_parser().parse_args(command(tmp_path, "sac", seeds=(0, 1, 2, 3), timesteps=4000))
     )

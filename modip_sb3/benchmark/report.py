@@ -15,6 +15,8 @@ from modip_sb3.benchmark.statistics import Estimate
 WALL_POINTS = 60  # of a learning curve over wall time
 THRESHOLDS = 101
 
+FIGURES = ("curves_steps", "curves_wall", "iqm", "profiles", "improvement")
+
 MEASURES = {"score": "normalised score", "return": "return"}
 
 
@@ -33,6 +35,8 @@ def write(output: Path, folder: Path, baseline: str | None = None) -> None:
     if baseline is not None and baseline not in report.complete:
         raise ValueError(f"--baseline {baseline!r} is no complete row; choose from {list(report.complete)}.")
     folder.mkdir(parents=True, exist_ok=True)
+    for figure in FIGURES:  # of an earlier report, that had more to show
+        (folder / f"{figure}.png").unlink(missing_ok=True)
     sections = [
         f"# Benchmark of {output.name}",
         *report.protocol(),
