@@ -18,7 +18,7 @@ from modip_sb3.benchmark.plan import plan
 from modip_sb3.benchmark.runs import RunFolder, read_rows
 from modip_sb3.benchmark.schedule import LocalBackend, progress_table, run_all
 
-SCHEDULE = [(steps, episode) for steps in range(0, 301, 20) for episode in (0, 1)]
+SCHEDULE = [(steps, episode) for steps in range(0, 161, 20) for episode in (0, 1)]
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +70,7 @@ def working_in(output: Path) -> list[str]:
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 def test_stopped_then_killed_then_finished(tmp_path: Path) -> None:
     output, log = tmp_path / "runs", tmp_path / "log.txt"
-    arguments = command(output, "modip", timesteps=300)
+    arguments = command(output, "modip", timesteps=160)
     folder = RunFolder(output / NAME / "modip" / "seed-0")
 
     first = start(arguments, log)
@@ -101,7 +101,7 @@ def test_stopped_then_killed_then_finished(tmp_path: Path) -> None:
     resumed_at = [session["from_step"] for session in folder.read_status()["sessions"]]
     assert resumed_at == [0, stopped_at, int(checkpoint.name.split("-")[1])]
     logged = [int(row["time/total_timesteps"]) for row in read_rows(folder.path / "progress.csv")]
-    assert logged == list(range(40, 301, 40))  # every fourth episode, once
+    assert logged == list(range(40, 161, 40))  # every fourth episode, once
 
 
 def test_failures_are_listed_and_finished_runs_not_repeated(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

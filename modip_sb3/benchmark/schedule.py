@@ -149,6 +149,7 @@ class RayBackend:
         except ImportError as error:
             raise ImportError('--backend ray needs Ray: run pip install "modip-sb3[ray]".') from error
         self._ray = ray
+        os.environ.setdefault("RAY_worker_niceness", "0")  # or other processes would slow down what is measured
         here: dict[str, Any] = (
             {} if "RAY_ADDRESS" in os.environ else {"num_cpus": workers * threads, "include_dashboard": False}
         )
