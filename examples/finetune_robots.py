@@ -10,6 +10,7 @@ Clone a diffusion policy from a robot's demonstrations, fine-tune it with MODIP,
 
 import argparse
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ def row_of(stage: str, result: Evaluation, env_steps: int, best: int) -> dict[st
     }
 
 
-def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Clone, evaluate, fine-tune, evaluate."""
+def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Clone, evaluate, fine-tune, evaluate: a row for each stage, as soon as it is there."""
     model = MODIP(
         "MlpPolicy",
         args.env,
@@ -58,13 +59,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     model.pretrain(args.pretrain, progress_bar=True)
     model.pretrain(args.clone, clone_only=True, progress_bar=True)
     model.save(args.output / "bc")
-    rows = [row_of("BC", evaluate(model, args.env, args.episodes, env_kwargs=env_kwargs), 0, best)]
+    yield row_of("BC", evaluate(model, args.env, args.episodes, env_kwargs=env_kwargs), 0, best)
     model.learn(args.timesteps, progress_bar=True)
     model.save(args.output / "modip")
     for stage, inference in STAGES:
         result = evaluate(model, args.env, args.episodes, inference, env_kwargs=env_kwargs)
-        rows.append(row_of(stage, result, args.timesteps, best))
-    return rows
+        yield row_of(stage, result, args.timesteps, best)
 
 
 def make_demos(task: str, num_episodes: int) -> Path:
@@ -100,11 +100,15 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     args.dataset = args.dataset or str(make_demos(args.task, args.demos))
 
-    rows = run(args)
-    with open(args.output / f"finetune-{args.seed}.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
+    rows = []
+    with open(args.output / f"finetune-{args.seed}.csv", "w", newline="", buffering=1) as file:
+        for row in run(args):
+            if not rows:
+                writer = csv.DictWriter(file, row)
+                writer.writeheader()
+            writer.writerow(row)
+            rows.append(row)
+            print(*(f"{name} {value}" for name, value in row.items()), sep=", ")
     what = "subtasks of 4" if args.task == "kitchen" else "return"
     table = Table("", f"{what} ± standard error", "score", "success", "steps", title=f"{args.env}, seed {args.seed}")
     for row in rows:
