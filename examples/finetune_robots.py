@@ -100,7 +100,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     args.dataset = args.dataset or str(make_demos(args.task, args.demos))
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     with open(args.output / f"finetune-{args.seed}.csv", "w", newline="", buffering=1) as file:
         for row in run(args):
             if not rows:
