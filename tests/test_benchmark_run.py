@@ -276,6 +276,7 @@ def test_an_offline_phase_is_timed_and_evaluated(tmp_path: Path) -> None:
     execute(folder.path, 1)
     status, rows = folder.read_status(), read_rows(folder.path / "evaluations.csv")
     assert 0 < status["offline_seconds"] < status["train_seconds"]
+    assert 0 < status["cpu_seconds"] < 1.5 * status["train_seconds"]  # one thread
     assert float(rows[0]["wall_seconds"]) == pytest.approx(status["offline_seconds"], abs=1e-3)
     assert {row["success"] for row in rows} <= {"0", "1"}
     assert any(row["pretrain/actor_loss"] for row in read_rows(folder.path / "progress.csv"))

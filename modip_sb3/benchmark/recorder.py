@@ -31,6 +31,8 @@ class Totals:
 
     train_seconds: float = 0.0
     """Offline phase and online learning, without evaluations and checkpoints"""
+    cpu_seconds: float = 0.0
+    """The processor time of all threads in it, which other work on the machine does not lengthen"""
     offline_seconds: float = 0.0
     evaluation_seconds: float = 0.0
     checkpoint_seconds: float = 0.0
@@ -67,7 +69,7 @@ class Recorder(BaseCallback):
         self.status_time = 0.0
 
     def _on_training_start(self) -> None:
-        self.since = time.perf_counter()
+        self._start_watch()
 
     def _on_rollout_start(self) -> None:
         freq = self.settings["evaluation"]["freq"]
@@ -84,10 +86,13 @@ class Recorder(BaseCallback):
         if self.num_timesteps > self.last_evaluation:
             self.record()
 
+    def _start_watch(self) -> None:
+        self.since, self.cpu_since = time.perf_counter(), time.process_time()
+
     def _stop_watch(self) -> None:
-        now = time.perf_counter()
-        self.totals.train_seconds += now - self.since
-        self.since = now
+        self.totals.train_seconds += time.perf_counter() - self.since
+        self.totals.cpu_seconds += time.process_time() - self.cpu_since
+        self._start_watch()
 
     def record(self) -> None:
         """Evaluate, then save everything; neither counts as training time."""
@@ -101,7 +106,7 @@ class Recorder(BaseCallback):
         self.save()
         self.totals.checkpoint_seconds += time.perf_counter() - started
         self._report()
-        self.since = time.perf_counter()
+        self._start_watch()
 
     def _evaluate(self) -> list[Row]:
         rows = []

@@ -232,8 +232,9 @@ class Report:
         if not rows:
             return []
         note = (
-            "Mean over the finished seeds. Wall time: offline phase and learning; steps/s: of learning alone; ms per "
-            "action: `predict` for one environment; memory: the most that the process held."
+            "Mean over the finished seeds. Wall time: offline phase and learning; CPU time: that of all threads in it, "
+            "which other work on the machine does not lengthen; steps/s: of learning alone; ms per action: `predict` "
+            "for one environment; memory: the most that the process held."
         )
         return ["## Cost", tables.markdown(rows), note]
 

@@ -131,6 +131,7 @@ def describe_costs(statuses: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {
         "wall time, min": mean("train_seconds", 60),
         "of it offline, min": mean("offline_seconds", 60),
+        "CPU time, min": mean("cpu_seconds", 60),
         "evaluations, min": mean("evaluation_seconds", 60),
         "steps/s": mean("steps_per_second"),
         "ms per action": ", ".join(
