@@ -11,6 +11,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from modip_sb3.buffers import SequenceReplayBuffer, map_obs
 from modip_sb3.datasets import DatasetSources, OfflineDataset, holds_no_data, load_sources
+from modip_sb3.weights import SafeWeights
 
 
 def discounted_sums(dataset: OfflineDataset, gamma: float) -> np.ndarray:
@@ -38,7 +39,7 @@ def obs_blocks(datasets: Sequence[OfflineDataset]) -> Iterator[Any]:
             yield map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
 
 
-class OfflineDataAlgorithm(OffPolicyAlgorithm):
+class OfflineDataAlgorithm(SafeWeights, OffPolicyAlgorithm):
     """
     An off-policy algorithm with replay buffers of offline data beside its own: one for each source, closed, and never
     saved with the model. A subclass sets ``offline_dataset`` in its constructor.

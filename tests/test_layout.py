@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BLOCKS = {"networks", "checks"}
 PARTS = {"diffusion", "world_model", "critics", "planner", "buffers", "datasets"}
-ON_THE_PARTS = {"acting", "policies", "offline", "base", "modip", "checkpoint", "baselines", "envs"}
+ON_THE_PARTS = {"acting", "policies", "offline", "weights", "base", "modip", "checkpoint", "baselines", "envs"}
 ON_TOP = {"evaluation", "benchmark", "zoo", "__init__"}
 TOP_LEVEL = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"}
 TOP_LEVEL |= {"modip_sb3", "examples", "tests", "zoo_configs"}
