@@ -111,6 +111,11 @@ class ActingPolicy(BasePolicy):
         :param deterministic: the same output for the same input
         :return: actions in the environment's units, and the state to pass to the next call
         """
+        if isinstance(observation, tuple):
+            raise ValueError(
+                f"The observation is a tuple of {len(observation)}, expected an array or a dictionary of them: of what "
+                "Gymnasium's reset() and step() return, pass the first element."
+            )
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
         n_envs = num_observations(obs)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space
 
@@ -9,7 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 def check_observation_space(observation_space: spaces.Space) -> None:
     """
     :param observation_space: the environment's observation space
-    :raises ValueError: for images and for nested dictionaries
+    :raises ValueError: for images, for nested dictionaries, and for discrete observations that do not start at zero
     """
     members = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
     for key, space in members.items():
@@ -21,6 +22,11 @@ def check_observation_space(observation_space: spaces.Space) -> None:
             )
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
+        if np.any(getattr(space, "start", 0)):
+            raise ValueError(
+                f"{name} space {space} does not start at 0, which SB3 expects of what it encodes as one-hot vectors; "
+                "subtract the start in an observation wrapper."
+            )
 
 
 def check_choice(name: str, value: Any, *choices: str) -> None:

@@ -160,12 +160,13 @@ class SafeWeights(BaseAlgorithm):
         stored = {name: value for name, value in description.policy_kwargs.items() if name not in (policy_kwargs or {})}
         arguments = {name: _from_plain(path, name, value) for name, value in stored.items()} | (policy_kwargs or {})
         # The algorithm sets these on its policy: given to the policy alone they would be lost
-        settings = {name: arguments.pop(name) for name in ("inference", "planner_kwargs") if name in arguments}
+        own = {"inference", "planner_kwargs"} & arguments.keys()
+        settings: dict[str, Any] = {name: arguments.pop(name) for name in own}
         if "planner_kwargs" in settings:
             settings["gamma"] = settings["planner_kwargs"].pop("gamma")
         is_dict = isinstance(description.observation_space, spaces.Dict)
         policy = policy or ("MultiInputPolicy" if is_dict else "MlpPolicy")
-        model = cls(policy, env, policy_kwargs=arguments, _init_setup_model=False, **settings | kwargs)  # type: ignore[arg-type, call-arg]
+        model = cls(policy, env, policy_kwargs=arguments, _init_setup_model=False, **settings | kwargs)  # type: ignore[call-arg]
         if model.env is None:
             model.observation_space, model.action_space = description.observation_space, description.action_space
             model.n_envs = 1
@@ -174,8 +175,8 @@ class SafeWeights(BaseAlgorithm):
             model._setup_model()
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise ValueError(
-                f"{path} describes a policy that cannot be built ({error}); save it again with the version of modip_sb3 "
-                "that is installed here, or pass what is wrong in policy_kwargs."
+                f"{path} describes a policy that cannot be built ({error}); save it again with the version of "
+                "modip_sb3 that is installed here, or pass what is wrong in policy_kwargs."
             ) from error
         return model.load_weights(path)
 
