@@ -58,6 +58,8 @@ class SequenceReplayBuffer(NStepReplayBuffer):
 
     observations: Any
     obs_shape: Any
+    # Without it, SB3's load_replay_buffer() takes a buffer for an old one and forgets its time limits
+    handle_timeout_termination = True
 
     def __init__(
         self,
