@@ -89,7 +89,7 @@ def test_custom_objects_and_arguments(algo: str, tmp_path: Path) -> None:
         groups = [group for optimizer in optimizers(loaded).values() for group in optimizer.param_groups]
         assert [group["lr"] for group in groups] == pytest.approx([7e-4 * group.get("lr_scale", 1) for group in groups])
     assert cls.load(tmp_path / "model", batch_size=5).batch_size == 5
-    with pytest.raises(ValueError, match="policy_kwargs"):
+    with pytest.raises(ValueError, match="policy kwargs"):
         cls.load(tmp_path / "model", policy_kwargs={"net_arch": [8]})
 
 
