@@ -3,7 +3,7 @@
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -22,6 +22,7 @@ from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.datasets import DatasetSources, OfflineDataset
 from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
 from modip_sb3.planner import PlanTracker
+from modip_sb3.resume import CheckpointCallback
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
@@ -32,6 +33,14 @@ def _shows_progress(callback: BaseCallback) -> bool:
     if isinstance(callback, CallbackList):
         return any(map(_shows_progress, callback.callbacks))
     return isinstance(callback, ProgressBarCallback)
+
+
+def _checkpoints_of(callback: MaybeCallback) -> list[BaseCallback]:
+    """Of all callbacks of ``learn()`` those that the offline phase has too: the others count environment steps."""
+    callbacks = callback.callbacks if isinstance(callback, CallbackList) else callback
+    if isinstance(callbacks, list):
+        return [found for each in callbacks for found in _checkpoints_of(each)]
+    return [callback] if isinstance(callback, CheckpointCallback) else []
 
 
 def _count(total: int, progress_bar: bool) -> Any:
@@ -185,29 +194,42 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         if self.offline_dataset is None:
             raise ValueError("pretrain() needs data: pass offline_dataset to the constructor or to load().")
         self._load_offline_data()
-        if not hasattr(self, "_logger"):
-            self._logger = configure_logger(self.verbose, self.tensorboard_log, tb_log_name or type(self).__name__)
-        wrapped_callback = self._init_callback(callback)
-        wrapped_callback.on_training_start(locals(), globals())
+        options = {"clone_only": clone_only, "log_interval": log_interval}
+        with self._call("pretrain", total_updates, self._n_pretrain_updates, options) as updates_left:
+            if updates_left > 0:
+                if not hasattr(self, "_logger"):
+                    name = tb_log_name or type(self).__name__
+                    self._logger = configure_logger(self.verbose, self.tensorboard_log, name)
+                wrapped_callback = self._init_callback(callback)
+                if not self._is_learning:
+                    self._watch(wrapped_callback)
+                wrapped_callback.on_training_start(locals(), globals())
+                self._update_offline(_count(updates_left, progress_bar), wrapped_callback, clone_only, log_interval)
+        if updates_left > 0:
+            wrapped_callback.on_training_end()
+        return self
+
+    def _update_offline(
+        self, updates: Iterable[int], callback: BaseCallback, clone_only: bool, log_interval: int
+    ) -> None:
         self.policy.set_training_mode(True)
         for optimizer in self._optimizers:
             self._set_learning_rate(optimizer, self.lr_schedule(1))
         phase: Phase = "clone" if clone_only else "offline"
         length = self.policy.action_horizon if clone_only else self.sequence_length
-        for _ in _count(total_updates, progress_bar):
+        self._restore_beside()
+        for _ in updates:
             metrics = self._update(self._sample_offline(self.batch_size, length), phase)
             self._n_pretrain_updates += 1
             for name, value in metrics.items():
                 self.logger.record_mean(f"pretrain/{name}", value.item())
             if self._n_pretrain_updates % log_interval == 0:
                 self.logger.dump(step=self._n_pretrain_updates)
-            wrapped_callback.update_locals(locals())
-            if not wrapped_callback.on_step():
+            callback.update_locals(locals())
+            if not callback.on_step():
                 break
         if self._n_pretrain_updates % log_interval != 0:
             self.logger.dump(step=self._n_pretrain_updates)
-        wrapped_callback.on_training_end()
-        return self
 
     # ---------------------------------------------------------------- online phase
 
@@ -223,12 +245,19 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         """Act and learn; the offline phase comes first if there is data and none has been."""
         self._load_offline_data()
         run_name = tb_log_name or type(self).__name__
+        interrupted = self._unfinished_pretrain()
+        if interrupted is not None and "learn" not in self._interrupted:
+            checkpoints = _checkpoints_of(callback)
+            self.pretrain(interrupted.total, checkpoints, progress_bar=progress_bar, **interrupted.options)
         return super().learn(total_timesteps, callback, log_interval, run_name, reset_num_timesteps, progress_bar)
 
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """The offline phase, if it is still due: here the logger and the callbacks of ``learn()`` are ready."""
-        if self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0:
-            self.pretrain(self.pretrain_steps, progress_bar=_shows_progress(callback))
+        interrupted = self._unfinished_pretrain()
+        never_begun = self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0
+        if interrupted is not None or never_begun:
+            total = self.pretrain_steps if interrupted is None else interrupted.total
+            self.pretrain(total, _checkpoints_of(callback), progress_bar=_shows_progress(callback))
             self.start_time = time.time_ns()  # it does not count in the environment steps per second
         return super().collect_rollouts(env, callback, *args, **kwargs)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from modip_sb3.buffers import SequenceReplayBuffer, map_obs
-from modip_sb3.datasets import DatasetSources, OfflineDataset, holds_no_data, load_sources
+from modip_sb3.datasets import DatasetSources, OfflineDataset, fingerprint, holds_no_data, load_sources
+from modip_sb3.resume import ResumableAlgorithm
 from modip_sb3.weights import SafeWeights
 
 
@@ -39,7 +39,7 @@ def obs_blocks(datasets: Sequence[OfflineDataset]) -> Iterator[Any]:
             yield map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
 
 
-class OfflineDataAlgorithm(SafeWeights, OffPolicyAlgorithm):
+class OfflineDataAlgorithm(SafeWeights, ResumableAlgorithm):
     """
     An off-policy algorithm with replay buffers of offline data beside its own: one for each source, closed, and never
     saved with the model. A subclass sets ``offline_dataset`` in its constructor.
@@ -54,7 +54,7 @@ class OfflineDataAlgorithm(SafeWeights, OffPolicyAlgorithm):
         self._offline_buffers: list[SequenceReplayBuffer] = []  # one for each source
 
     def _excluded_save_params(self) -> list[str]:
-        excluded = ["_offline_buffers", "_offline_shares"]
+        excluded = ["_offline_buffers", "_offline_shares", "_offline_fingerprint"]
         if not holds_no_data(self.offline_dataset):
             excluded.append("offline_dataset")  # arrays do not belong in a model file; paths, ids and weights do
         return super()._excluded_save_params() + excluded
@@ -74,13 +74,33 @@ class OfflineDataAlgorithm(SafeWeights, OffPolicyAlgorithm):
             )
         if self.offline_dataset is None or self._offline_buffers:
             return ()
-        datasets, weights = zip(*load_sources(self.offline_dataset), strict=True)
+        sources = load_sources(self.offline_dataset)
+        self._offline_fingerprint = fingerprint(sources)
+        datasets, weights = zip(*sources, strict=True)
         for dataset in datasets:
             dataset.check(self.observation_space, self.action_space, min_length)
         self._offline_buffers = [self._buffer_of(dataset) for dataset in datasets]
         self._offline_shares = np.array(weights) / sum(weights)
         self._had_offline_data = True
         return datasets
+
+    def _restore_offline_data(self, offline_dataset: DatasetSources | None) -> None:
+        self._offline_buffers = []
+        self.offline_dataset = getattr(self, "offline_dataset", None) if offline_dataset is None else offline_dataset
+        if not self._had_offline_data:
+            return
+        if self.offline_dataset is None:
+            raise ValueError(
+                "The training that was interrupted learns from arrays, which its checkpoint does not hold: pass the "
+                "same data as offline_dataset to resume()."
+            )
+        expected = self._offline_fingerprint
+        self._fill_offline_buffers(min_length=1)
+        if self._offline_fingerprint != expected:
+            raise ValueError(
+                f"The offline data has changed since the checkpoint was written (SHA-256 {self._offline_fingerprint}, "
+                f"expected {expected}): give resume() the same data, in the same order and with the same weights."
+            )
 
     def _buffer_of(self, dataset: OfflineDataset) -> SequenceReplayBuffer:
         actions = np.empty((dataset.num_transitions, math.prod(self.action_space.shape)), np.float32)

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modip_sb3"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BLOCKS = {"networks", "checks"}
-PARTS = {"diffusion", "world_model", "critics", "planner", "buffers", "datasets"}
-ON_THE_PARTS = {"acting", "policies", "offline", "weights", "base", "modip", "checkpoint", "baselines", "envs"}
+BLOCKS = {"networks", "checks", "storage"}
+PARTS = {"diffusion", "world_model", "critics", "planner", "buffers", "datasets", "env_state"}
+ON_THE_PARTS = {"acting", "policies", "offline", "weights", "base", "modip", "checkpoint", "resume", "baselines", "envs"}
 ON_TOP = {"evaluation", "benchmark", "zoo", "__init__"}
 TOP_LEVEL = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"}
 TOP_LEVEL |= {"modip_sb3", "examples", "tests", "zoo_configs"}

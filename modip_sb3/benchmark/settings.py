@@ -1,27 +1,25 @@
 """What a benchmark runs: environments, algorithms, their settings and the offline data."""
 
 import ast
-import hashlib
 import importlib.metadata
 import inspect
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 import torch as th
 import yaml
 from gymnasium import spaces
 
 from modip_sb3 import zoo
-from modip_sb3.datasets import OfflineDataset, load_sources
+from modip_sb3.datasets import fingerprint as hash_datasets
+from modip_sb3.datasets import load_sources
 
 SUITES = {
     "hopper": ("modip/hopper-sac-medium-v5",),
@@ -171,23 +169,9 @@ def fingerprint(source: Any) -> dict[str, Any]:
 
 @cache
 def _fingerprint(source: str) -> dict[str, Any]:
-    digest = hashlib.sha256()
     datasets = load_sources(json.loads(source))
-    for dataset, weight in datasets:
-        for array in _arrays(dataset):
-            digest.update(np.ascontiguousarray(array).data)
-        digest.update(str(weight).encode())
     transitions = sum(dataset.num_transitions for dataset, _ in datasets)
-    return {"source": json.loads(source), "transitions": transitions, "sha256": digest.hexdigest()}
-
-
-def _arrays(dataset: OfflineDataset) -> Iterator[np.ndarray]:
-    for field in fields(dataset):
-        column = getattr(dataset, field.name)
-        if isinstance(column, np.ndarray):
-            yield column
-        elif isinstance(column, dict):
-            yield from (column[key] for key in sorted(column))
+    return {"source": json.loads(source), "transitions": transitions, "sha256": hash_datasets(datasets)}
 
 
 def parse_overrides(texts: Sequence[str]) -> dict[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ from modip_sb3.datasets.offline import DatasetSource, DatasetSources, OfflineDat
 from modip_sb3.datasets.robomimic import save_robomimic
 from modip_sb3.datasets.rollout import collect, concatenate
 from modip_sb3.datasets.scores import REFERENCE_SCORES, has_reference_score, normalized_score
-from modip_sb3.datasets.sources import WeightedDataset, holds_no_data, load_sources
+from modip_sb3.datasets.sources import WeightedDataset, fingerprint, holds_no_data, load_sources
 from modip_sb3.datasets.summary import DatasetSummary, summarize
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "WeightedDataset",
     "collect",
     "concatenate",
+    "fingerprint",
     "has_reference_score",
     "holds_no_data",
     "load_sources",

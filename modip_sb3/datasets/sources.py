@@ -1,12 +1,15 @@
 """From whatever names or holds data to datasets: the formats, filters over episodes, and weights of several sources."""
 
+import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
 
 import h5py
+import numpy as np
 from stable_baselines3.common.buffers import ReplayBuffer
 
 from modip_sb3.datasets.d4rl import read_d4rl
@@ -64,6 +67,28 @@ def holds_no_data(sources: Any) -> bool:
     if _has_options(sources):
         return holds_no_data(sources["dataset"])
     return isinstance(sources, str | PathLike)
+
+
+def fingerprint(datasets: Sequence[WeightedDataset]) -> str:
+    """
+    :param datasets: What :func:`load_sources` returned.
+    :return: A hash of all their numbers and of their weights.
+    """
+    digest = hashlib.sha256()
+    for dataset, weight in datasets:
+        for array in _arrays(dataset):
+            digest.update(np.ascontiguousarray(array).data)
+        digest.update(str(weight).encode())
+    return digest.hexdigest()
+
+
+def _arrays(dataset: OfflineDataset) -> Iterator[np.ndarray]:
+    for field in fields(dataset):
+        column = getattr(dataset, field.name)
+        if isinstance(column, np.ndarray):
+            yield column
+        elif isinstance(column, dict):
+            yield from (column[key] for key in sorted(column))
 
 
 def load_source(source: DatasetSource) -> OfflineDataset:
