@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -13,7 +14,7 @@ from minari.serialization import deserialize_space, serialize_space
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from stable_baselines3.common import torch_layers
-from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
 
@@ -118,7 +119,7 @@ class SafeWeights(BaseAlgorithm):
             another architecture
         """
         tensors, description = read_weights(path)
-        self._check_description(path, description)
+        _check_description(path, description, type(self), self.observation_space, self.action_space)
         own_kwargs = _plain_policy_kwargs(self.policy)
         saved = {"policy": description.policy, **description.policy_kwargs}
         found = {"policy": type(self.policy).__name__, **own_kwargs}
@@ -157,42 +158,61 @@ class SafeWeights(BaseAlgorithm):
         :raises ValueError: as ``load_weights`` does
         """
         _, description = read_weights(path)
-        stored = {name: value for name, value in description.policy_kwargs.items() if name not in (policy_kwargs or {})}
-        arguments = {name: _from_plain(path, name, value) for name, value in stored.items()} | (policy_kwargs or {})
-        # The algorithm sets these on its policy: given to the policy alone they would be lost
-        own = {"inference", "planner_kwargs"} & arguments.keys()
-        settings: dict[str, Any] = {name: arguments.pop(name) for name in own}
-        if "planner_kwargs" in settings:
-            settings["gamma"] = settings["planner_kwargs"].pop("gamma")
-        is_dict = isinstance(description.observation_space, spaces.Dict)
-        policy = policy or ("MultiInputPolicy" if is_dict else "MlpPolicy")
+        with _buildable(path):
+            arguments = {
+                name: _from_plain(path, name, value)
+                for name, value in description.policy_kwargs.items()
+                if name not in (policy_kwargs or {})
+            } | (policy_kwargs or {})
+            # The algorithm sets these on its policy: given to the policy alone they would be lost
+            settings = {name: arguments.pop(name) for name in ("inference", "planner_kwargs") if name in arguments}
+            if "planner_kwargs" in settings:
+                settings["gamma"] = settings["planner_kwargs"].pop("gamma")
+        observation_space, action_space = description.observation_space, description.action_space
+        if env is not None:
+            env = cls._wrap_env(maybe_make_env(env, verbose=0))
+            observation_space, action_space = env.observation_space, env.action_space
+        _check_description(path, description, cls, observation_space, action_space)
+        policy = policy or ("MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy")
         model = cls(policy, env, policy_kwargs=arguments, _init_setup_model=False, **settings | kwargs)  # type: ignore[call-arg]
-        if model.env is None:
-            model.observation_space, model.action_space = description.observation_space, description.action_space
-            model.n_envs = 1
-        model._check_description(path, description)
-        try:
+        model.observation_space, model.action_space = observation_space, action_space
+        model.n_envs = 1 if env is None else env.num_envs
+        with _buildable(path):
             model._setup_model()
-        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
-            raise ValueError(
-                f"{path} describes a policy that cannot be built ({error}); save it again with the version of "
-                "modip_sb3 that is installed here, or pass what is wrong in policy_kwargs."
-            ) from error
         return model.load_weights(path)
 
-    def _check_description(self, path: str | PathLike[str], description: Description) -> None:
-        if description.algorithm != type(self).__name__:
+
+@contextmanager
+def _buildable(path: str | PathLike[str]) -> Iterator[None]:
+    """What Python, torch and SB3 raise on arguments of a wrong type or name, in one sentence."""
+    try:
+        yield
+    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{path} describes a policy that cannot be built ({_shown(error)}); save it again with the version of "
+            "modip_sb3 that is installed here, or pass what is wrong in policy_kwargs."
+        ) from error
+
+
+def _check_description(
+    path: str | PathLike[str],
+    description: Description,
+    algorithm: type[BaseAlgorithm],
+    observation_space: spaces.Space,
+    action_space: spaces.Space,
+) -> None:
+    if description.algorithm != algorithm.__name__:
+        raise ValueError(
+            f"The weights in {path} are of {description.algorithm}, but the model is a {algorithm.__name__}; "
+            "load them with their own algorithm."
+        )
+    for kind, own in (("observation_space", observation_space), ("action_space", action_space)):
+        saved = getattr(description, kind)
+        if saved != own:
             raise ValueError(
-                f"The weights in {path} are of {description.algorithm}, but the model is a {type(self).__name__}; load "
-                "them with their own algorithm."
+                f"The weights in {path} are for the {kind} {saved}, but the model has {own}; use an environment with "
+                "the file's spaces."
             )
-        for kind in ("observation_space", "action_space"):
-            saved, own = getattr(description, kind), getattr(self, kind)
-            if saved != own:
-                raise ValueError(
-                    f"The weights in {path} are for the {kind} {saved}, but the model has {own}; use an environment "
-                    "with the file's spaces."
-                )
 
 
 def read_weights(path: str | PathLike[str]) -> tuple[dict[str, th.Tensor], Description]:
@@ -270,7 +290,7 @@ def _from_plain(path: str | PathLike[str], name: str, value: Any) -> Any:
         return value
     if value.keys() != {"class"}:
         return {key: _from_plain(path, name, entry) for key, entry in value.items()}
-    if value["class"] not in _KNOWN_CLASSES:
+    if str(value["class"]) not in _KNOWN_CLASSES:
         raise ValueError(
             f"{path} names the class {value['class']} as {name}, which is not imported on a file's word; if you know "
             f"it, pass policy_kwargs={{{name!r}: ...}}."

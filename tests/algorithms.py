@@ -84,6 +84,14 @@ def optimizers(model: OffPolicyAlgorithm) -> dict[str, th.optim.Optimizer]:
     return {name: attrgetter(name)(model) for name in names}
 
 
+def assert_same_state(first: Any, second: Any) -> None:
+    """Of optimisers: the same groups, and the same moments to the last bit."""
+    assert first["param_groups"] == second["param_groups"]
+    assert first["state"].keys() == second["state"].keys()
+    for index, entry in first["state"].items():
+        assert all(th.equal(value, second["state"][index][name]) for name, value in entry.items())
+
+
 class Endless(Walk):
     """``Walk`` without an end."""
 

@@ -8,18 +8,10 @@ import cloudpickle
 import numpy as np
 import pytest
 import torch as th
-from algorithms import every_algorithm, every_learner, make, optimizers, random_data
+from algorithms import assert_same_state, every_algorithm, every_learner, make, optimizers, random_data
 from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.utils import LinearSchedule
 from walk import Walk, assert_same, observations, parameters, vec_walk
-
-
-def assert_same_state(first: Any, second: Any) -> None:
-    """Of optimisers: the same groups, and the same moments to the last bit."""
-    assert first["param_groups"] == second["param_groups"]
-    assert first["state"].keys() == second["state"].keys()
-    for index, entry in first["state"].items():
-        assert all(th.equal(value, second["state"][index][name]) for name, value in entry.items())
 
 
 def assert_same_model(first: Any, second: Any) -> None:
