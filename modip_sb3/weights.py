@@ -165,7 +165,8 @@ class SafeWeights(BaseAlgorithm):
                 if name not in (policy_kwargs or {})
             } | (policy_kwargs or {})
             # The algorithm sets these on its policy: given to the policy alone they would be lost
-            settings = {name: arguments.pop(name) for name in ("inference", "planner_kwargs") if name in arguments}
+            own = {"inference", "planner_kwargs"} & arguments.keys()
+            settings: dict[str, Any] = {name: arguments.pop(name) for name in own}
             if "planner_kwargs" in settings:
                 settings["gamma"] = settings["planner_kwargs"].pop("gamma")
         observation_space, action_space = description.observation_space, description.action_space
