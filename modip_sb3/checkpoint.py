@@ -87,7 +87,8 @@ def save_state(model: BaseAlgorithm, folder: Path) -> None:
     :param model: any algorithm
     :param folder: an existing folder
     """
-    left_out = _MADE_ANEW if holds_no_data(getattr(model, "offline_dataset", None)) else {*_MADE_ANEW, "offline_dataset"}
+    has_arrays = not holds_no_data(getattr(model, "offline_dataset", None))
+    left_out = {*_MADE_ANEW, "offline_dataset"} if has_arrays else _MADE_ANEW
     attributes = {
         name: value for name, value in vars(model).items() if name not in left_out and not isinstance(value, VecEnv)
     }
@@ -118,7 +119,7 @@ def load_state(
     state = th.load(folder / STATE_FILE, map_location=device, weights_only=False)
     if state["class"] != algorithm.__qualname__:
         raise ValueError(
-            f"{folder} is a checkpoint of {state['class']}, not of {algorithm.__name__}: call {state['class']}.resume()."
+            f"{folder} is a checkpoint of {state['class']}, not of {algorithm.__name__}: resume it with that."
         )
     model = algorithm.__new__(algorithm)
     vars(model).update(state["attributes"], device=device, _custom_logger=False)
@@ -192,7 +193,7 @@ def _take_callback(callback: BaseCallback) -> dict[str, Any]:
 
 
 def _row_arrays(buffer: BaseBuffer) -> Iterator[tuple[str, str | None, np.ndarray]]:
-    """Arrays that have a row for each step of every environment: their attribute, and their key in it if they have one."""
+    """Arrays with a row for each step of every environment: their attribute, their key in it if they have one."""
     for name, value in vars(buffer).items():
         for key, array in value.items() if isinstance(value, dict) else [(None, value)]:
             if isinstance(array, np.ndarray) and array.shape[:2] == (buffer.buffer_size, buffer.n_envs):

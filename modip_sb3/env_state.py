@@ -19,7 +19,7 @@ except ImportError:  # MuJoCo is an extra
 _STATELESS_MODULES = ("gymnasium.envs.registration", "gymnasium.envs.mujoco.mujoco_rendering", "pygame")
 _STATELESS_NAMES = {"class_attributes", "metadata", "spec"}
 # Values of other classes may stand for something outside of the process's memory, such as a simulator behind a handle
-_PLAIN_PACKAGES = {"builtins", "collections", "gymnasium", "numpy"}
+_PLAIN_PACKAGES = {"builtins", "collections", "gymnasium", "numpy", "pathlib"}
 _PLAIN_CLASSES = {
     "gymnasium_robotics.utils.mujoco_utils.MujocoModelNames",
     "stable_baselines3.common.running_mean_std.RunningMeanStd",

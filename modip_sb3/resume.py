@@ -1,4 +1,4 @@
-"""Going on with a training that was killed: the callback that writes checkpoints, and what ``resume()`` makes of one."""
+"""Going on with a training that was killed: the callback that writes checkpoints, and ``resume()`` from them."""
 
 import copy
 import warnings
@@ -71,7 +71,9 @@ class CheckpointCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         if not isinstance(self.model, ResumableAlgorithm):
-            raise ValueError(f"{type(self.model).__name__} cannot be resumed: use SB3's own CheckpointCallback with it.")
+            raise ValueError(
+                f"{type(self.model).__name__} cannot be resumed: use SB3's own CheckpointCallback with it."
+            )
 
     def _progress(self) -> int:
         return self.model.num_timesteps + getattr(self.model, "_n_pretrain_updates", 0)
@@ -169,9 +171,19 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 f"{folder} has no complete checkpoint: give the folder of a CheckpointCallback that has saved one."
             )
         model, beside = load_state(cls, path, env, device)
-        model._interrupted, model._beside = dict(model._calls), beside
-        model._restore_offline_data(offline_dataset)
+        model.go_on_with(beside, offline_dataset)
+        model._interrupted = dict(model._calls)
         return model
+
+    def go_on_with(self, beside: Beside, offline_dataset: Any = None) -> None:
+        """
+        The rest of :meth:`resume` after :func:`load_state`, for those who count what is left themselves.
+
+        :param beside: what was loaded beside the model
+        :param offline_dataset: as for :meth:`resume`
+        """
+        self._interrupted, self._beside, self._callback = {}, beside, None
+        self._restore_offline_data(offline_dataset)
 
     def _restore_offline_data(self, offline_dataset: Any) -> None:
         """Load the offline data again, for the algorithms that have some."""

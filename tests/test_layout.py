@@ -15,8 +15,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 BLOCKS = {"networks", "checks", "storage"}
 PARTS = {"diffusion", "world_model", "critics", "planner", "buffers", "datasets", "env_state"}
-ON_THE_PARTS = {"acting", "policies", "offline", "weights", "base", "modip", "checkpoint", "resume", "baselines", "envs"}
-ON_TOP = {"evaluation", "benchmark", "zoo", "__init__"}
+ON_THE_PARTS = {"acting", "policies", "offline", "weights", "base", "modip", "baselines", "envs"}
+ON_THE_PARTS |= {"checkpoint", "resume"}
+ON_TOP = {"evaluation", "benchmark", "zoo", "video", "__init__"}
 TOP_LEVEL = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"}
 TOP_LEVEL |= {"modip_sb3", "examples", "tests", "zoo_configs"}
 

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from modip_sb3.benchmark.runs import RunFolder, differences, write_json
+from modip_sb3.benchmark.runs import RunFolder, differences
 from modip_sb3.benchmark.settings import (
     SUITES,
     default_dataset,
@@ -15,6 +15,7 @@ from modip_sb3.benchmark.settings import (
     make_settings,
     parse_overrides,
 )
+from modip_sb3.storage import write_json
 
 
 def plan(args: argparse.Namespace) -> list[RunFolder]:

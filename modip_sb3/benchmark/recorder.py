@@ -1,25 +1,22 @@
 """Evaluations, checkpoints and time of a run, as a callback of ``learn()``."""
 
 import inspect
-import random
 import resource
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.utils import set_random_seed
 
-from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder, write_json
+from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder
+from modip_sb3.checkpoint import isolated_rng, save_state
 from modip_sb3.evaluation import evaluate
 from modip_sb3.policies import ActingMode
+from modip_sb3.storage import write_json
 
 STATUS_INTERVAL = 1.0  # seconds between two updates of what the live table shows
 MB = 1e6
@@ -66,9 +63,9 @@ class Recorder(BaseCallback):
         self.run, self.settings, self.env_kwargs = run, settings, env_kwargs
         self.totals, self.rows = totals, rows
         self.last_evaluation = int(rows[-1]["env_steps"]) if rows else -1
-        self.status_time = 0.0
 
     def _on_training_start(self) -> None:
+        self.status_time = 0.0
         self._start_watch()
 
     def _on_rollout_start(self) -> None:
@@ -132,10 +129,7 @@ class Recorder(BaseCallback):
         """A checkpoint; the evaluations beside it are those in it."""
         self.totals.peak_memory_mb = peak_memory_mb(self.totals)
         with self.run.new_checkpoint(self.num_timesteps) as folder:
-            save_model(self.model, folder)
-            if getattr(self.model, "replay_buffer", None) is not None:
-                self.model.save_replay_buffer(folder / "replay_buffer.pkl")  # type: ignore[attr-defined]
-            th.save(rng_state(), folder / "rng.pt")
+            save_state(self.model, folder)
             write_json(folder / "totals.json", asdict(self.totals))
             RunFolder(folder).write_evaluations(self.rows)
             shutil.copy(self.run.path / "progress.csv", folder)
@@ -179,38 +173,6 @@ def save_model(model: BaseAlgorithm, folder: Path) -> None:
         statistics.save(str(folder / "vecnormalize.pkl"))
     model.save(folder / "unfinished-model.zip")
     (folder / "unfinished-model.zip").replace(folder / "model.zip")
-
-
-def rng_state() -> dict[str, Any]:
-    """The state of every global random generator."""
-    cuda = th.cuda.get_rng_state_all() if th.cuda.is_available() else []
-    return {"python": random.getstate(), "numpy": np.random.get_state(), "torch": th.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """
-    :param state: what :func:`rng_state` returned
-    """
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    th.set_rng_state(state["torch"])
-    if state["cuda"]:
-        th.cuda.set_rng_state_all(state["cuda"])
-
-
-@contextmanager
-def isolated_rng(seed: int) -> Iterator[None]:
-    """
-    Evaluations draw the same numbers each time, and training draws those it would draw without them.
-
-    :param seed: of the random generators inside
-    """
-    state = rng_state()
-    set_random_seed(seed)
-    try:
-        yield
-    finally:
-        set_rng_state(state)
 
 
 def peak_memory_mb(totals: Totals) -> float:

@@ -9,8 +9,8 @@ import numpy as np
 
 from modip_sb3.benchmark import plots, statistics, tables
 from modip_sb3.benchmark.records import Key, Record, read_runs
-from modip_sb3.benchmark.runs import write_atomically
 from modip_sb3.benchmark.statistics import Estimate
+from modip_sb3.storage import write_atomically
 
 WALL_POINTS = 60  # of a learning curve over wall time
 THRESHOLDS = 101

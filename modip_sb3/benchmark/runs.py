@@ -4,34 +4,16 @@ import csv
 import fcntl
 import io
 import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modip_sb3.storage import Checkpoints, write_atomically, write_json
+
 EVALUATION_COLUMNS = ("env_steps", "wall_seconds", "inference", "episode", "return", "length", "success")
 Row = dict[str, Any]
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """
-    :param path: a file that holds either what it held before or all of the text, whenever the process dies
-    :param text: its content
-    """
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """
-    :param path: a JSON file
-    :param content: its content
-    """
-    write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
 def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -126,29 +108,20 @@ class RunFolder:
     # ---------------------------------------------------------------- checkpoints
 
     def last_checkpoint(self) -> Path | None:
-        """The newest complete checkpoint."""
-        return max(self.path.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), default=None)
+        """The newest checkpoint that is whole."""
+        return Checkpoints(self.path).newest()
 
-    @contextmanager
-    def new_checkpoint(self, env_steps: int) -> Iterator[Path]:
+    def new_checkpoint(self, env_steps: int) -> AbstractContextManager[Path]:
         """
-        A folder to write a checkpoint to. It counts once everything is written, and then the older ones go.
+        A folder to write a checkpoint to, see :meth:`Checkpoints.new`.
 
         :param env_steps: environment steps so far
         """
-        temporary = self.path / "unfinished-checkpoint"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        older = list(self.path.glob("checkpoint-*"))
-        temporary.rename(self.path / f"checkpoint-{env_steps}")
-        for path in older:
-            shutil.rmtree(path)
+        return Checkpoints(self.path).new(env_steps)
 
     def remove_checkpoints(self) -> None:
         """Forget them: the run is finished."""
-        for path in [*self.path.glob("checkpoint-*"), *self.path.glob("unfinished-checkpoint")]:
-            shutil.rmtree(path)
+        Checkpoints(self.path).remove()
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,7 +12,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import CSVOutputFormat, Logger
-from stable_baselines3.common.vec_env import VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import VecEnv
 
 from modip_sb3.benchmark.recorder import (
     Recorder,
@@ -20,11 +20,12 @@ from modip_sb3.benchmark.recorder import (
     inferences,
     peak_memory_mb,
     save_model,
-    set_rng_state,
 )
 from modip_sb3.benchmark.runs import RunFolder, locked, read_rows
 from modip_sb3.benchmark.settings import describe_hardware, describe_software, find_algorithm
+from modip_sb3.checkpoint import load_state
 from modip_sb3.policies import ActingMode
+from modip_sb3.resume import ResumableAlgorithm
 
 LATENCY_STEPS = 40
 
@@ -105,17 +106,14 @@ def restore_model(
     :param settings: of a run
     :param folder: of the run
     :param checkpoint: what :meth:`Recorder.save` wrote
-    :return: as :func:`make_model`; environments begin a new episode
+    :return: as :func:`make_model`
     """
     env, env_kwargs, _ = _make_env(settings, folder, settings["seed"])
-    if isinstance(env, VecNormalize):
-        env = VecNormalize.load(str(checkpoint / "vecnormalize.pkl"), env.venv)
-    algorithm = find_algorithm(settings["algo"])
-    model = algorithm.load(checkpoint / "model.zip", env=env, device=settings["device"])
-    if (checkpoint / "replay_buffer.pkl").exists():
-        model.load_replay_buffer(checkpoint / "replay_buffer.pkl")
-    env.seed(settings["seed"] + model.num_timesteps)  # not the first episodes again
-    set_rng_state(th.load(checkpoint / "rng.pt", weights_only=False))
+    model, beside = load_state(find_algorithm(settings["algo"]), checkpoint, env, settings["device"])
+    if isinstance(model, ResumableAlgorithm):
+        model.go_on_with(beside)
+    else:
+        beside.restore(model)
     return model, env, env_kwargs
 
 
