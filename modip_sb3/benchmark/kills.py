@@ -1,0 +1,313 @@
+"""
+Trainings that are killed at random moments and resumed, beside the same trainings that nobody interrupts.
+
+    python -m modip_sb3.benchmark.kills --kills 50 --output runs/kills
+
+Networks are tiny and environments real. A kill is the system's SIGKILL: during the offline phase, during ``learn()``,
+or while a checkpoint is written. At the end every number has to be the same, to the last bit.
+"""
+
+import argparse
+import json
+import multiprocessing
+import random
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+from rich.console import Console
+from rich.table import Table
+from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.logger import KVWriter, Logger
+
+from modip_sb3.baselines import TDMPC2
+from modip_sb3.buffers import LabelBuffer
+from modip_sb3.checkpoint import rng_state
+from modip_sb3.datasets import OfflineDataset, save_d4rl
+from modip_sb3.modip import MODIP
+from modip_sb3.resume import CheckpointCallback, ResumableAlgorithm, find_checkpoint
+from modip_sb3.storage import UNFINISHED
+
+ENVS = ("Pendulum-v1", "Hopper-v5")
+UPDATES, STEPS, SAVE_FREQ = 60, 240, 24
+MOMENTS = ("offline", "online", "writing")
+_SMALL = {"batch_size": 8, "learning_starts": 20, "buffer_size": 200, "seed": 0, "device": "cpu"}  # the replay wraps
+_PLANNER = {"num_samples": 4, "num_elites": 2, "num_iterations": 1}
+_NETWORKS = {"latent_dim": 16, "num_proposals": 4}
+ALGORITHMS: dict[str, tuple[type[ResumableAlgorithm], dict[str, Any]]] = {
+    "modip": (
+        MODIP,
+        {
+            "policy_kwargs": {"denoiser": "mlp", "net_arch": {"pi": [16], "qf": [16]}, "num_inference_steps": 2},
+            "distill_from": "both",
+            "relabel_freq": 10,
+        },
+    ),
+    "tdmpc2": (TDMPC2, {"policy_kwargs": {"net_arch": [16], "encoder_arch": [16], "n_critics": 3}, "gamma": 0.9}),
+}
+
+
+@dataclass
+class Training:
+    """One training, in processes that may be killed."""
+
+    algo: str
+    env: str
+    n_envs: int
+    folder: Path
+    dataset: Path
+    kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOMENTS, 0))
+    survived: int = 0
+    differences: list[str] = field(default_factory=list)
+
+    @property
+    def explicit(self) -> bool:
+        """Whether ``pretrain()`` is called; else ``learn()`` begins with the offline phase."""
+        return self.n_envs == 1
+
+
+# ----------------------------------------------------------- inside of the process
+
+
+class _Lines(KVWriter):
+    """Logged values, a line for each time, in full precision; wall time apart."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("a")
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        values = {name: float(value).hex() for name, value in key_values.items() if not name.startswith("time/")}
+        phase = "pretrain" if any(name.startswith("pretrain/") for name in values) else "learn"
+        self.file.write(json.dumps([phase, step, values]) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _Watched(CheckpointCallback):
+    """Tells the process outside how far it is."""
+
+    def __init__(self, folder: Path, progress: Any) -> None:
+        super().__init__(SAVE_FREQ, folder)
+        self.progress = progress
+
+    def _on_step(self) -> bool:
+        self.progress.value = self._progress()
+        return super()._on_step()
+
+
+def train(training: Training, progress: Any) -> None:
+    """
+    Begin a training or go on with it, as a user's script does.
+
+    :param training: what is trained, and where its files are
+    :param progress: a shared value: updates and environment steps so far
+    """
+    th.set_num_threads(1)
+    algorithm, settings = ALGORITHMS[training.algo]
+    folder = training.folder / "checkpoints"
+    if find_checkpoint(folder):
+        model = algorithm.resume(folder, device="cpu")
+    else:
+        settings = settings | _SMALL | {"policy_kwargs": settings["policy_kwargs"] | _NETWORKS}
+        env = make_vec_env(training.env, training.n_envs, seed=0)
+        data = {"offline_dataset": str(training.dataset), "pretrain_steps": UPDATES}
+        model = algorithm("MlpPolicy", env, planner_kwargs=_PLANNER, **data, **settings)
+    progress.value = model.num_timesteps + model._n_pretrain_updates
+    log = training.folder / f"log-{time.time_ns()}.jsonl"
+    model.set_logger(Logger(str(training.folder), [_Lines(log)]))
+    callback = _Watched(folder, progress)
+    if training.explicit:
+        model.pretrain(UPDATES, callback=callback, log_interval=7)
+    model.learn(STEPS, callback=callback, log_interval=1)
+    result = training.folder / "unfinished.pt"
+    th.save(contents(model), result)
+    result.rename(training.folder / "result.pt")
+
+
+def contents(model: Any) -> dict[str, Any]:
+    """
+    :param model: a finished one
+    :return: all arrays and numbers that decide what it does next, by name
+    """
+    found: dict[str, Any] = {}
+    optimizers = {name: getattr(model, name).state_dict() for name in model.optimizer_names}
+    parts = {"policy": model.policy.state_dict(), "optimizers": optimizers, "rng": rng_state()}
+    for name, value in vars(model).items():
+        if isinstance(value, BaseBuffer | LabelBuffer) or name == "_plan_tracker":
+            parts[name] = vars(value)
+        elif name in ("_chunk_state", "_last_obs", "q_scale", "num_timesteps", "_n_updates", "_n_pretrain_updates"):
+            parts[name] = value
+    parts["episodes"] = [(info["r"], info["l"]) for info in model.ep_info_buffer]
+    _flatten(parts, "", found)
+    return found
+
+
+def _flatten(value: Any, name: str, found: dict[str, Any]) -> None:
+    if isinstance(value, dict):
+        for key, part in value.items():
+            _flatten(part, f"{name}/{key}", found)
+    elif isinstance(value, list | tuple):
+        _flatten(dict(enumerate(value)), name, found)
+    elif isinstance(value, np.ndarray | th.Tensor | int | float | np.number):
+        found[name] = np.asarray(value)
+
+
+# ---------------------------------------------------------- outside of the process
+
+
+def run(training: Training, moments: Sequence[str], rng: random.Random) -> None:
+    """
+    :param training: is finished afterwards
+    :param moments: at which it is killed, one after another
+    :param rng: draws when
+    """
+    context = multiprocessing.get_context("fork")  # the imports take longer than the training
+    left = sorted(moments, key=lambda moment: (moment != "offline", rng.random()))
+    while True:
+        progress = context.Value("q", 0, lock=False)
+        process = context.Process(target=train, args=(training, progress))
+        process.start()
+        killed = bool(left) and _kill(process, training, left[0], progress, rng, len(left))
+        process.join()
+        if not killed:
+            if process.exitcode != 0:
+                training.differences.append(f"ended with exit code {process.exitcode}")
+                return
+            training.survived = sum(training.kills.values())
+            return
+        training.kills[left.pop(0)] += 1
+
+
+def _kill(process: Any, training: Training, moment: str, progress: Any, rng: random.Random, num_left: int) -> bool:
+    """Wait for a moment and kill the process; False if it ended before."""
+    unfinished = training.folder / "checkpoints" / UNFINISHED
+    start, end = (0, UPDATES) if moment == "offline" else (UPDATES, UPDATES + STEPS)
+    while progress.value < start and process.is_alive():
+        time.sleep(0.0005)
+    begin = max(progress.value, start)
+    target = begin + rng.random() * max(end - 1 - begin, 0) / num_left  # the others need their share
+    while process.is_alive():
+        if progress.value >= target and (moment != "writing" or unfinished.exists()):
+            time.sleep(rng.random() * 0.02)
+            process.kill()
+            process.join()
+            return process.exitcode == -signal.SIGKILL
+        time.sleep(0.0002)
+    return False
+
+
+def compare(training: Training, reference: Training) -> None:
+    """
+    :param training: one that was killed; what differs is noted in it
+    :param reference: one that was not
+    """
+    if training.differences:
+        return
+    first, second = (th.load(each.folder / "result.pt", weights_only=False) for each in (reference, training))
+    for name in sorted({*first, *second}):
+        if name not in first or name not in second or not np.array_equal(first[name], second[name], equal_nan=True):
+            training.differences.append(name)
+    expected = {key: values for key, values in _logged(reference)}
+    found = _logged(training)
+    training.differences += [f"log {key}" for key, values in found if expected.get(key) != values]
+    training.differences += [f"no log {key}" for key in expected.keys() - {key for key, _ in found}]
+
+
+def _logged(training: Training) -> list[tuple[tuple[str, int], dict[str, str]]]:
+    """Everything that was logged; between a checkpoint and a kill it was logged twice, and must be the same."""
+    lines = [line for path in sorted(training.folder.glob("log-*")) for line in path.read_text().splitlines()]
+    rows = [json.loads(line) for line in lines if line.endswith("]")]  # a kill may have cut the last one
+    return [((phase, step), values) for phase, step, values in rows]
+
+
+def make_dataset(env_id: str, path: Path) -> None:
+    """
+    :param env_id: Gymnasium id
+    :param path: of a D4RL file with some episodes of random actions
+    """
+    env = gym.make(env_id, max_episode_steps=50)
+    env.action_space.seed(0)
+    columns: dict[str, list[Any]] = {}
+    obs, _ = env.reset(seed=0)
+    for _ in range(300):
+        action = env.action_space.sample()
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        row = {"observations": obs, "actions": action, "rewards": reward, "next_observations": next_obs}
+        for name, value in (row | {"terminations": terminated, "truncations": truncated}).items():
+            columns.setdefault(name, []).append(value)
+        obs = env.reset()[0] if terminated or truncated else next_obs
+    save_d4rl(OfflineDataset.from_arrays(**{name: np.array(values) for name, values in columns.items()}), path)
+
+
+def show(trainings: Sequence[Training], seconds: float) -> None:
+    """
+    :param trainings: that were killed
+    :param seconds: what it took
+    """
+    table = Table("algorithm", "environment", "envs", *(f"killed {moment}" for moment in MOMENTS), "survived", "equal")
+    for each in trainings:
+        equal = "yes" if not each.differences else f"no: {', '.join(each.differences[:3])}"
+        counts = [str(each.kills[moment]) for moment in MOMENTS]
+        survived = f"{each.survived} of {sum(each.kills.values())}"
+        table.add_row(each.algo, each.env, str(each.n_envs), *counts, survived, equal)
+    console = Console()
+    console.print(table)
+    total, survived = sum(sum(each.kills.values()) for each in trainings), sum(each.survived for each in trainings)
+    equal = sum(not each.differences for each in trainings)
+    console.print(f"{survived} of {total} kills survived, {equal} of {len(trainings)} trainings equal, {seconds:.0f} s")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """
+    :param argv: of the command line
+    :raises SystemExit: with 1 if a kill was not survived or a number differs
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m modip_sb3.benchmark.kills",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--kills", type=int, default=50, help="kills in all")
+    parser.add_argument("--algos", nargs="+", choices=ALGORITHMS, default=list(ALGORITHMS))
+    parser.add_argument("--envs", nargs="+", default=list(ENVS), help="Gymnasium ids")
+    parser.add_argument("--n-envs", nargs="+", type=int, default=[1, 4], help="numbers of parallel environments")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments of the kills")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the trainings, which must not exist")
+    args = parser.parse_args(argv)
+    if args.output.exists():
+        sys.exit(f"{args.output} exists already: give another folder, or remove it.")
+    th.set_num_threads(1)
+    started, rng, trainings = time.perf_counter(), random.Random(args.seed), []
+    cases = [(algo, env, n_envs) for env in args.envs for algo in args.algos for n_envs in args.n_envs]
+    for number, (algo, env, n_envs) in enumerate(cases):
+        data = args.output / env / "data.hdf5"
+        if not data.exists():
+            data.parent.mkdir(parents=True)
+            make_dataset(env, data)
+        reference, training = (
+            Training(algo, env, n_envs, args.output / env / f"{algo}-{n_envs}-{name}", data)
+            for name in ("reference", "killed")
+        )
+        for each in (reference, training):
+            each.folder.mkdir()
+        run(reference, (), rng)
+        share = args.kills // len(cases) + (number < args.kills % len(cases))
+        run(training, [MOMENTS[index % len(MOMENTS)] for index in range(share)], rng)
+        compare(training, reference)
+        trainings.append(training)
+    show(trainings, time.perf_counter() - started)
+    sys.exit(int(any(each.differences or each.survived < sum(each.kills.values()) for each in trainings)))
+
+
+if __name__ == "__main__":
+    main()
