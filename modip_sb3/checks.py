@@ -10,7 +10,7 @@ from stable_baselines3.common.preprocessing import is_image_space
 def check_observation_space(observation_space: spaces.Space) -> None:
     """
     :param observation_space: the environment's observation space
-    :raises ValueError: for images, for nested dictionaries, and for discrete observations that do not start at zero
+    :raises ValueError: for images, for nested dictionaries, and as :func:`check_one_hot` does
     """
     members = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
     for key, space in members.items():
@@ -22,10 +22,20 @@ def check_observation_space(observation_space: spaces.Space) -> None:
             )
         if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
             raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
+    check_one_hot(observation_space)
+
+
+def check_one_hot(observation_space: spaces.Space) -> None:
+    """
+    :param observation_space: the environment's observation space
+    :raises ValueError: for discrete observations that do not start at zero
+    """
+    members = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+    for key, space in members.items():
         if np.any(getattr(space, "start", 0)):
             raise ValueError(
-                f"{name} space {space} does not start at 0, which SB3 expects of what it encodes as one-hot vectors; "
-                "subtract the start in an observation wrapper."
+                f"{f'Observation {key!r}' if key else 'The observation'} space {space} does not start at 0, which SB3 "
+                "expects of what it encodes as one-hot vectors; subtract the start in an observation wrapper."
             )
 
 

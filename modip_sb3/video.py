@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stderr.write(" ".join(str(error).split()) + "\n")
         return 2
     for path, episode_return, length in videos:
-        print(f"{path}: return {episode_return:g}, {length} steps")
+        sys.stdout.write(f"{path}: return {episode_return:g}, {length} steps\n")
     return 0
 
 

@@ -40,6 +40,8 @@ _KNOWN_CLASSES = {
     for member in vars(module).values()
     if isinstance(member, type) and issubclass(member, th.nn.Module | th.optim.Optimizer)
 }
+# What Python, torch, SB3 and Gymnasium raise on entries of a wrong type, name or size
+_MISFITS = (AssertionError, AttributeError, LookupError, MemoryError, OverflowError, RuntimeError, TypeError)
 
 
 class Description(NamedTuple):
@@ -185,10 +187,13 @@ class SafeWeights(BaseAlgorithm):
 
 @contextmanager
 def _buildable(path: str | PathLike[str]) -> Iterator[None]:
-    """What Python, torch and SB3 raise on arguments of a wrong type or name, in one sentence."""
+    """
+    :param path: the file that says what is built within
+    :raises ValueError: for whatever is wrong with it, in one sentence
+    """
     try:
         yield
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+    except _MISFITS as error:
         raise ValueError(
             f"{path} describes a policy that cannot be built ({_shown(error)}); save it again with the version of "
             "modip_sb3 that is installed here, or pass what is wrong in policy_kwargs."
@@ -255,10 +260,10 @@ def _parse(path: Path, text: str) -> Description:
         description = Description(**entries)
         if not isinstance(description.policy_kwargs, dict) or not isinstance(description.pretrain_updates, int):
             raise TypeError("policy_kwargs is no dictionary, or pretrain_updates no number")
-    except (AssertionError, AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+    except (*_MISFITS, ValueError) as error:
         raise ValueError(
-            f"{path} describes its policy in a way that cannot be read ({error!r}); save it again with the version of "
-            "modip_sb3 that is installed here."
+            f"{path} describes its policy in a way that cannot be read ({_shown(error)}); save it again with the "
+            "version of modip_sb3 that is installed here."
         ) from error
     return description
 

@@ -56,8 +56,8 @@ def make(algo: str, env: Any = None, **kwargs: Any) -> Any:
     """
     env = Walk() if env is None else env
     cls, settings = ALGORITHMS[algo]
-    if algo == "DiffusionBC":
-        kwargs.setdefault("offline_dataset", random_data(env))
+    if algo == "DiffusionBC" and "offline_dataset" not in kwargs:
+        kwargs["offline_dataset"] = random_data(env)
     settings = {"batch_size": 8, "seed": 0, "device": "cpu"} | settings | kwargs
     settings["policy_kwargs"] = ALGORITHMS[algo].settings["policy_kwargs"] | kwargs.get("policy_kwargs", {})
     is_dict = isinstance(env.observation_space, spaces.Dict)

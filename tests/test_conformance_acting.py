@@ -165,11 +165,20 @@ def test_observation_spaces(algo: str, observation_space: spaces.Space) -> None:
 @every_algorithm
 @pytest.mark.parametrize("start", [-2, 1])
 def test_discrete_observations_must_start_at_zero(algo: str, start: int) -> None:
-    if algo == "RLPD":
-        pytest.skip("its policy is SB3's, which says so at the first observation")
     with pytest.raises(ValueError) as error:
         make(algo, Sampler(spaces.Dict({"kind": spaces.Discrete(4, start=start)}), STEP))
     in_one_sentence(error, "'kind'", f"start={start}", "observation wrapper")
+
+
+@every_algorithm
+@pytest.mark.parametrize(
+    "observation_space",
+    [spaces.Tuple([BOX, STEP]), spaces.Dict({"a": spaces.Dict({"b": BOX})})],
+    ids=["tuple", "nested"],
+)
+def test_observations_that_are_not_supported(algo: str, observation_space: spaces.Space) -> None:
+    with pytest.raises((ValueError, NotImplementedError), match="support"):  # ours, or SB3's
+        make(algo, Sampler(observation_space, STEP), offline_dataset=None).learn(4)
 
 
 @every_algorithm

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from algorithms import every_algorithm, make, random_data
+from stable_baselines3.common.callbacks import LogEveryNTimesteps
 from stable_baselines3.common.logger import configure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from walk import vec_walk
@@ -71,3 +72,11 @@ def test_stats_window_and_verbose(algo: str, capsys: pytest.CaptureFixture[str])
     assert "ep_rew_mean" in capsys.readouterr().out
     make(algo, vec_walk(2), verbose=0).learn(20, log_interval=1)
     assert capsys.readouterr().out == ""
+
+
+@every_algorithm
+def test_log_every_n_timesteps(algo: str, tmp_path: Path) -> None:
+    model = make(algo)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(18, LogEveryNTimesteps(6), log_interval=1000)
+    assert pd.read_csv(tmp_path / "progress.csv")["time/total_timesteps"].tolist()[-3:] == [6, 12, 18]

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modip_sb3.buffers import map_obs
-from modip_sb3.checks import check_at_least, check_fraction
+from modip_sb3.checks import check_at_least, check_fraction, check_one_hot
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.offline import OfflineDataAlgorithm
 
@@ -225,6 +225,7 @@ class RLPD(OfflineDataAlgorithm, SAC):
     def _setup_model(self) -> None:
         if self.target_entropy == "auto":
             self.target_entropy = -get_action_dim(self.action_space) / 2
+        check_one_hot(self.observation_space)
         super()._setup_model()
         if self.n_target_critics > self.critic.n_critics:
             raise ValueError(
