@@ -40,7 +40,8 @@ def record_videos(
     """
     Play episodes in an environment that renders, and write each as an MP4.
 
-    :param checkpoint: The zip file that ``model.save()`` wrote. SB3 unpickles it: use only those of people you trust.
+    :param checkpoint: What ``model.save_weights()`` wrote, or ``model.save()``: SB3 unpickles its zip files, so use
+        only those of people you trust.
     :param env_id: Gymnasium id of an environment with ``render_mode="rgb_array"``.
     :param folder: Where the videos go, as ``CHECKPOINT-episode-N.mp4``.
     :param algo: Name of an algorithm of SB3 or sb3-contrib, or the dotted path of a class.
@@ -80,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m modip_sb3.video", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="zip file that model.save() wrote")
+    parser.add_argument(
+        "checkpoint", type=Path, metavar="CHECKPOINT", help="what model.save_weights() or model.save() wrote"
+    )
     parser.add_argument("--env", required=True, metavar="ID", help="Gymnasium id")
     parser.add_argument(
         "--algo", default="modip_sb3.MODIP", help="name in SB3 or sb3-contrib, or a class (default: MODIP)"

@@ -11,6 +11,7 @@ import pytest
 import torch as th
 from algorithms import Endless, every_algorithm, every_learner, make, optimizers, random_data
 from gymnasium.wrappers import TimeLimit
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import (
     BaseCallback,
     CallbackList,
@@ -21,12 +22,20 @@ from stable_baselines3.common.callbacks import (
     StopTrainingOnNoModelImprovement,
     StopTrainingOnRewardThreshold,
 )
+from stable_baselines3.common.envs import BitFlippingEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.monitor import Monitor, load_results
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
 from stable_baselines3.common.utils import LinearSchedule
-from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecNormalize
+from stable_baselines3.common.vec_env import (
+    DummyVecEnv,
+    SubprocVecEnv,
+    VecCheckNan,
+    VecEnv,
+    VecFrameStack,
+    VecNormalize,
+)
 from walk import Walk, assert_same, parameters, vec_walk
 
 # ------------------------------------------------------------------ runs
@@ -273,6 +282,29 @@ def test_a_time_limit_is_no_termination(algo: str, end: str, n_envs: int) -> Non
     assert buffer.dones[rows].any()  # every end is one of an episode
     assert bool(buffer.timeouts[rows].any()) == (end != "terminates")
     assert bool(buffer.sample(200).dones.any()) == (end == "terminates")
+
+
+@every_algorithm
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda env: VecFrameStack(env, 3), lambda env: VecCheckNan(env, raise_exception=True)],
+    ids=["stack", "nan"],
+)
+def test_other_wrappers(algo: str, wrap: Callable[[VecEnv], VecEnv]) -> None:
+    env = wrap(vec_walk(2))
+    model = make(algo, env).learn(10)
+    assert model.get_env() is env and model.observation_space == env.observation_space
+    evaluate_policy(model, env, n_eval_episodes=2, warn=False)
+
+
+@every_learner
+def test_hindsight(algo: str) -> None:
+    env = BitFlippingEnv(n_bits=3, continuous=True)
+    if algo != "RLPD":
+        with pytest.raises(ValueError, match="HerReplayBuffer cannot sample sequences"):
+            make(algo, env, replay_buffer_class=HerReplayBuffer)
+    else:
+        assert make(algo, env, replay_buffer_class=HerReplayBuffer, learning_starts=10).learn(20)._n_updates > 0
 
 
 @every_algorithm

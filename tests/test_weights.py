@@ -15,9 +15,12 @@ from episodes import in_one_sentence
 from gymnasium import spaces
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from stable_baselines3 import SAC
 from stable_baselines3.common.torch_layers import FlattenExtractor
+from stable_baselines3.common.vec_env import VecNormalize
 from walk import Walk, assert_same, observations, parameters, vec_walk
 
+from modip_sb3.datasets.rollout import collect, load_model
 from modip_sb3.weights import read_weights
 
 
@@ -142,6 +145,20 @@ def test_classes_of_ones_own_are_named_and_not_imported(algo: str, tmp_path: Pat
     rebuilt = type(model).from_weights(path, policy_kwargs={"features_extractor_class": Scaled})
     assert_same(parameters(model), parameters(rebuilt))
     assert_same(parameters(make(algo, seed=1, policy_kwargs=kwargs).load_weights(path)), parameters(model))
+
+
+@every_algorithm
+def test_weights_act_where_checkpoints_do(algo: str, tmp_path: Path) -> None:
+    model = make(algo).learn(8)
+    path = model.save_weights(tmp_path / "model")
+    env = VecNormalize(vec_walk(2), training=False)
+    loaded = load_model(path, type(model), env)
+    assert loaded.get_vec_normalize_env() is env
+    assert_same(parameters(loaded), parameters(model))  # type: ignore[arg-type]
+    assert collect(loaded, env, num_episodes=2).num_episodes == 2
+    with pytest.raises(ValueError) as error:
+        load_model(path, SAC, env)
+    in_one_sentence(error, str(path), "SAC reads no weights")
 
 
 def test_a_shared_features_extractor_is_stored(tmp_path: Path) -> None:

@@ -54,7 +54,8 @@ def collect_command(args: argparse.Namespace) -> None:
     """
     Roll out a checkpoint of SB3 or sb3-contrib into a Minari dataset of whole episodes.
 
-    SB3 unpickles checkpoints and statistics, which can run any code: load only what comes from people you trust.
+    SB3 unpickles zip files and statistics, which can run any code: load only what comes from people you trust. Files of
+    save_weights() are not unpickled.
 
     example: %(prog)s sac.zip --algo sac --env Hopper-v5 --dataset-id me/hopper/mine-v0 --steps 100000
     """

@@ -57,9 +57,10 @@ def find_algorithm(name: str) -> type[BaseAlgorithm]:
 
 def load_model(path: str | PathLike[str], algorithm: type[BaseAlgorithm], env: VecEnv) -> BaseAlgorithm:
     """
-    Load a checkpoint to act with. SB3 unpickles it: load only what comes from people you trust.
+    Load a model to act with. SB3 unpickles its zip files: load only those of people you trust. What ``save_weights``
+    of this package's algorithms wrote is not unpickled.
 
-    :param path: The zip file, with or without its suffix.
+    :param path: The zip file, with or without its suffix, or a ``.safetensors`` file.
     :param algorithm: The class that saved it.
     :param env: The environment to act in, normalised if the model was trained so.
     :return: The model.
@@ -67,6 +68,11 @@ def load_model(path: str | PathLike[str], algorithm: type[BaseAlgorithm], env: V
     :raises ValueError: If it cannot be loaded as such a model, or is of other spaces than the environment.
     """
     path = Path(path).expanduser()
+    if path.suffix == ".safetensors":
+        from_weights = getattr(algorithm, "from_weights", None)
+        if from_weights is None:
+            raise ValueError(f"{path}: {algorithm.__name__} reads no weights, expected an algorithm of modip_sb3.")
+        return from_weights(path, env)
     if not path.is_file() and not path.with_name(f"{path.name}.zip").is_file():
         raise FileNotFoundError(f"Checkpoint {path}: no such file, expected a zip file that SB3 saved; check the path.")
     try:
