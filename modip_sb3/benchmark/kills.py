@@ -140,8 +140,7 @@ def contents(model: Any) -> dict[str, Any]:
     :return: all arrays and numbers that decide what it does next, by name
     """
     found: dict[str, Any] = {}
-    optimizers = {name: getattr(model, name).state_dict() for name in model.optimizer_names}
-    parts = {"policy": model.policy.state_dict(), "optimizers": optimizers, "rng": rng_state()}
+    parts = {"parameters": model.get_parameters(), "rng": rng_state()}  # optimisers' too
     for name, value in vars(model).items():
         if isinstance(value, BaseBuffer | LabelBuffer) or name == "_plan_tracker":
             parts[name] = vars(value)
