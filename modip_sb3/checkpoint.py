@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,7 +29,7 @@ from modip_sb3.env_state import EnvState, capture, plain_attributes, restore
 
 Algorithm = TypeVar("Algorithm", bound=BaseAlgorithm)
 
-STATE_FILE, REPLAY_FILE = "state.pt", "replay_buffer.pkl"
+STATE_FILE, REPLAY_FILE = "state.zip", "replay.pkl"  # other names than SB3's and rl_zoo3's: they cannot read them
 # Made anew: what belongs to the process or to this module, and offline data, which is kept by reference
 _MADE_ANEW = {"_logger", "_custom_logger", "_callback", "_beside", "_interrupted"}
 _MADE_ANEW |= {"device", "replay_buffer", "_offline_buffers"}
@@ -142,8 +143,12 @@ def _remake(state: EnvState) -> VecEnv:
             "The environments of the checkpoint cannot be made again (they have no Gymnasium ids, or run in processes "
             "of their own): pass env, made as it was for the training."
         )
-    venv: VecEnv = DummyVecEnv([lambda i=i, kw=kw: Monitor(gym.make(i, **kw)) for i, kw in state.ids])
+    venv: VecEnv = DummyVecEnv([partial(_make_env, *made_by) for made_by in state.ids])
     return VecNormalize(venv) if any("VecNormalize" in layer.kind for layer in state.outer) else venv
+
+
+def _make_env(env_id: str, kwargs: dict[str, Any]) -> gym.Env:
+    return Monitor(gym.make(env_id, **kwargs))
 
 
 def _put_in(model: BaseAlgorithm, env: GymEnv, state: EnvState) -> None:

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 from stable_baselines3.common.monitor import ResultsWriter
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper
-
-try:
-    import mujoco
-except ImportError:  # MuJoCo is an extra
-    mujoco = None
 
 # What has no state, or shows the state without being part of it: specifications, windows, cameras, log files
 _STATELESS_MODULES = ("gymnasium.envs.registration", "gymnasium.envs.mujoco.mujoco_rendering", "pygame")
@@ -126,7 +122,7 @@ def plain_attributes(thing: Any) -> dict[str, Any]:
 # ------------------------------------------------------------------------ layers
 
 
-def _wrappers(venv: VecEnv) -> tuple[list[VecEnv], VecEnv]:
+def _wrappers(venv: VecEnv) -> tuple[list[VecEnvWrapper], VecEnv]:
     outer = []
     while isinstance(venv, VecEnvWrapper):
         outer.append(venv)
@@ -160,7 +156,7 @@ def _take(layer: Any, seen: set[int]) -> Layer:
     """A simulation that two layers hold is kept with the first of them."""
     attributes, simulations = {}, {}
     for name, value in vars(layer).items():
-        if mujoco is not None and isinstance(value, mujoco.MjData):
+        if isinstance(value, mujoco.MjData):
             if _model_of(layer) is None:
                 raise NoState(f"{_kind(layer)}.{name} has its MuJoCo model elsewhere")
             if id(value) not in seen:
@@ -184,8 +180,7 @@ def _is_stateless(name: str, value: Any) -> bool:
     if isinstance(value, list) and value and all(isinstance(env, gym.Env) for env in value):
         return True
     is_code = inspect.isroutine(value) or inspect.ismodule(value) or inspect.isclass(value)
-    is_model = mujoco is not None and isinstance(value, mujoco.MjModel)
-    return is_code or is_model or type(value).__module__.startswith(_STATELESS_MODULES)
+    return is_code or isinstance(value, mujoco.MjModel) or type(value).__module__.startswith(_STATELESS_MODULES)
 
 
 class _PlainPickler(pickle.Pickler):

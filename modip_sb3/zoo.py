@@ -3,6 +3,10 @@ rl_zoo3's own scripts with the algorithms, settings and environments of this pac
 
     python -m modip_sb3.zoo train --algo modip --env modip/hopper-medium-v5 --eval-freq 5000
     python -m modip_sb3.zoo enjoy --algo modip --env modip/hopper-medium-v5 -f logs
+
+``train -i FOLDER`` with the same arguments goes on exactly from the last checkpoint of a CheckpointCallback, a setting:
+
+    -params callback:"{'modip_sb3.resume.CheckpointCallback': {'save_freq': 10000, 'folder': 'FOLDER'}}"
 """
 
 import argparse
@@ -18,7 +22,9 @@ import gymnasium as gym
 import yaml
 
 from modip_sb3.baselines import RLPD, TDMPC2, DiffusionBC
+from modip_sb3.checkpoint import STATE_FILE
 from modip_sb3.modip import MODIP
+from modip_sb3.resume import ResumableAlgorithm, find_checkpoint
 
 if TYPE_CHECKING:
     import optuna
@@ -177,6 +183,39 @@ def with_config(arguments: Sequence[str]) -> list[str]:
     return [*arguments, "--conf-file", str(config)]
 
 
+def with_checkpoint(arguments: Sequence[str]) -> list[str]:
+    """
+    Let ``-i`` take the folder of a CheckpointCallback too, beside the file of a model.
+
+    :param arguments: of ``train``
+    :return: with the checkpoint's file in the folder's place, for which rl_zoo3 calls ``load()`` of the algorithm that
+        is now registered
+    """
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--algo")
+    parser.add_argument("-i", "--trained-agent", default="")
+    given, rest = parser.parse_known_args(arguments)
+    if not Path(given.trained_agent).is_dir() or not given.trained_agent:
+        return list(arguments)
+    algorithms, checkpoint = _import("rl_zoo3").ALGOS, find_checkpoint(given.trained_agent)
+    if checkpoint is None or not issubclass(algorithms.get(given.algo, object), ResumableAlgorithm):
+        sys.exit(f"-i {given.trained_agent}: expected a complete checkpoint in it, and --algo of this package.")
+    algorithms[given.algo] = _resuming(algorithms[given.algo], given.trained_agent)
+    return ["--algo", given.algo, *rest, "-i", str(checkpoint / STATE_FILE)]
+
+
+def _resuming(algorithm: Any, folder: str) -> type:
+    def load(
+        cls: type, path: str, env: Any, device: str, tensorboard_log: str | None, verbose: int, **settings: Any
+    ) -> Any:
+        """Settings are those of the checkpoint."""
+        model = algorithm.resume(folder, env, device)
+        model.tensorboard_log, model.verbose = tensorboard_log, verbose
+        return model
+
+    return type(algorithm.__name__, (algorithm,), {"load": classmethod(load)})
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """
     Run a script of rl_zoo3.
@@ -192,7 +231,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     script, arguments = args.script, args.arguments
     register()
     if script == "train":
-        arguments = with_config(arguments)
+        arguments = with_config(with_checkpoint(arguments))
     elif FUNCTIONS.get(script) == "rl_zoo3.plots":  # they look for an id in the folders' names, which have no slash
         arguments = [text.replace("/", "-") if text in gym.registry else text for text in arguments]
     sys.argv = [f"{parser.prog} {script}", *arguments]

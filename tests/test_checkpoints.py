@@ -236,12 +236,12 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     checkpointed(tmp_path)
     newest = find_checkpoint(tmp_path)
     assert newest == tmp_path / "checkpoint-2"
-    content = (newest / "state.pt").read_bytes()
+    content = (newest / "state.zip").read_bytes()
     for damaged, why in ((content[:-1], "bytes instead of"), (bytes([content[0] ^ 1]) + content[1:], "has changed")):
-        (newest / "state.pt").write_bytes(damaged)
-        with pytest.warns(UserWarning, match=rf"checkpoint-2 is damaged \(state.pt .*{why}.*the one before it is used"):
+        (newest / "state.zip").write_bytes(damaged)
+        with pytest.warns(UserWarning, match=rf"checkpoint-2 is damaged \(state.zip .*{why}.*the one before"):
             assert MODIP.resume(tmp_path).num_timesteps == 10
-    (newest / "state.pt").unlink()
+    (newest / "state.zip").unlink()
     (tmp_path / "checkpoint-1" / "manifest.json").write_text("{")
     with pytest.warns(UserWarning, match="damaged"), pytest.raises(FileNotFoundError, match="no complete checkpoint"):
         MODIP.resume(tmp_path)
@@ -319,6 +319,6 @@ def test_a_buffer_without_its_empty_rows(tmp_path: Path) -> None:
     model = make(MODIP, ENV_ID, buffer_size=100_000)
     die(model.learn, 40, callback=[CheckpointCallback(10, tmp_path), Killer(env_steps=25)])
     path = find_checkpoint(tmp_path)
-    assert path is not None and (path / "replay_buffer.pkl").stat().st_size < 20_000
+    assert path is not None and (path / "replay.pkl").stat().st_size < 20_000
     buffer = MODIP.resume(tmp_path).replay_buffer
     assert (len(buffer.observations), len(buffer.actions), buffer.size()) == (100_000, 100_000, 20)

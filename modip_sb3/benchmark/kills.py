@@ -33,7 +33,7 @@ from modip_sb3.buffers import LabelBuffer
 from modip_sb3.checkpoint import rng_state
 from modip_sb3.datasets import OfflineDataset, save_d4rl
 from modip_sb3.modip import MODIP
-from modip_sb3.resume import CheckpointCallback, ResumableAlgorithm, find_checkpoint
+from modip_sb3.resume import CheckpointCallback, find_checkpoint
 from modip_sb3.storage import UNFINISHED
 
 ENVS = ("Pendulum-v1", "Hopper-v5")
@@ -42,7 +42,7 @@ MOMENTS = ("offline", "online", "writing")
 _SMALL = {"batch_size": 8, "learning_starts": 20, "buffer_size": 200, "seed": 0, "device": "cpu"}  # the replay wraps
 _PLANNER = {"num_samples": 4, "num_elites": 2, "num_iterations": 1}
 _NETWORKS = {"latent_dim": 16, "num_proposals": 4}
-ALGORITHMS: dict[str, tuple[type[ResumableAlgorithm], dict[str, Any]]] = {
+ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "modip": (
         MODIP,
         {
@@ -51,7 +51,14 @@ ALGORITHMS: dict[str, tuple[type[ResumableAlgorithm], dict[str, Any]]] = {
             "relabel_freq": 10,
         },
     ),
-    "tdmpc2": (TDMPC2, {"policy_kwargs": {"net_arch": [16], "encoder_arch": [16], "n_critics": 3}, "gamma": 0.9}),
+    "tdmpc2": (
+        TDMPC2,
+        {
+            "policy_kwargs": {"net_arch": [16], "encoder_arch": [16], "n_critics": 3},
+            "gamma": 0.9,
+            "termination_head": True,
+        },
+    ),
 }
 
 
@@ -245,7 +252,8 @@ def make_dataset(env_id: str, path: Path) -> None:
         for name, value in (row | {"terminations": terminated, "truncations": truncated}).items():
             columns.setdefault(name, []).append(value)
         obs = env.reset()[0] if terminated or truncated else next_obs
-    save_d4rl(OfflineDataset.from_arrays(**{name: np.array(values) for name, values in columns.items()}), path)
+    arrays: dict[str, Any] = {name: np.array(values) for name, values in columns.items()}
+    save_d4rl(OfflineDataset.from_arrays(**arrays), path)
 
 
 def show(trainings: Sequence[Training], seconds: float) -> None:
@@ -261,9 +269,9 @@ def show(trainings: Sequence[Training], seconds: float) -> None:
         table.add_row(each.algo, each.env, str(each.n_envs), *counts, survived, equal)
     console = Console()
     console.print(table)
-    total, survived = sum(sum(each.kills.values()) for each in trainings), sum(each.survived for each in trainings)
-    equal = sum(not each.differences for each in trainings)
-    console.print(f"{survived} of {total} kills survived, {equal} of {len(trainings)} trainings equal, {seconds:.0f} s")
+    total, kept = sum(sum(each.kills.values()) for each in trainings), sum(each.survived for each in trainings)
+    num_equal = sum(not each.differences for each in trainings)
+    console.print(f"{kept} of {total} kills survived, {num_equal} of {len(trainings)} trainings equal, {seconds:.0f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
