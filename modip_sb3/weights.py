@@ -69,7 +69,8 @@ class SafeWeights(BaseAlgorithm):
     ``save_weights``, ``load_weights`` and ``from_weights`` for an algorithm whose policy holds all that acts.
 
     Such a file holds tensors and JSON: reading one from a stranger runs no code of his, unlike ``load()``, which
-    unpickles. It holds no optimisers, replay buffer, or other state of a training run: those are in a checkpoint.
+    unpickles. It holds no optimisers, replay buffer, or other state of a training run: those are in a checkpoint; nor the
+    statistics of ``VecNormalize``, which SB3 pickles.
     """
 
     _n_pretrain_updates = 0

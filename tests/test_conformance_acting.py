@@ -182,6 +182,7 @@ def test_observations_that_are_not_supported(algo: str, observation_space: space
 
 
 @every_algorithm
+@pytest.mark.filterwarnings("ignore:.*Casting input x to numpy array")  # Gymnasium, of scalar actions
 @pytest.mark.parametrize(
     "action_space",
     [

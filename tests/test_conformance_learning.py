@@ -74,7 +74,7 @@ def run(algo: str, folder: Path, n_envs: int, seed: int) -> tuple[Any, pd.DataFr
     model = make(algo, env, seed=seed, offline_dataset=random_data(env) if with_data else None)
     model.set_logger(configure(str(folder), ["csv"]))
     curve = Curve()
-    model.learn(16, curve, log_interval=1)
+    model.learn(16, curve, log_interval=1).logger.close()
     evaluation = evaluate_policy(model, vec_walk(2), n_eval_episodes=2, return_episode_rewards=True)
     progress = pd.read_csv(folder / "progress.csv").drop(columns=["time/fps", "time/time_elapsed"])
     return (curve.steps, evaluation), progress, parameters(model)

@@ -33,7 +33,7 @@ def test_every_output_has_the_same_numbers(algo: str, tmp_path: Path) -> None:
     env = vec_walk(2)
     model = make(algo, env, offline_dataset=random_data(env))
     model.set_logger(configure(str(tmp_path), ["csv", "json", "tensorboard", "log"]))
-    model.learn(30, log_interval=1)
+    model.learn(30, log_interval=1).logger.close()
     rows = pd.read_csv(tmp_path / "progress.csv")
     lines = [json.loads(line) for line in (tmp_path / "progress.json").read_text().splitlines()]
     scalars = read_tensorboard(tmp_path)
@@ -78,5 +78,5 @@ def test_stats_window_and_verbose(algo: str, capsys: pytest.CaptureFixture[str])
 def test_log_every_n_timesteps(algo: str, tmp_path: Path) -> None:
     model = make(algo)
     model.set_logger(configure(str(tmp_path), ["csv"]))
-    model.learn(18, LogEveryNTimesteps(6), log_interval=1000)
+    model.learn(18, LogEveryNTimesteps(6), log_interval=1000).logger.close()
     assert pd.read_csv(tmp_path / "progress.csv")["time/total_timesteps"].tolist()[-3:] == [6, 12, 18]

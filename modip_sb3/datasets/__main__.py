@@ -151,7 +151,7 @@ def _add_inspect(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_collect(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="zip file that model.save() wrote")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="what model.save() or model.save_weights() wrote")
     parser.add_argument(
         "--algo", required=True, help="algorithm of SB3 or sb3-contrib, such as sac, or a class such as modip_sb3.MODIP"
     )
