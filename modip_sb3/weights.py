@@ -69,7 +69,7 @@ class SafeWeights(BaseAlgorithm):
     ``save_weights``, ``load_weights`` and ``from_weights`` for an algorithm whose policy holds all that acts.
 
     Such a file holds tensors and JSON: reading one from a stranger runs no code of theirs, unlike ``load()``, which
-    unpickles. It holds no optimisers, replay buffer, or other state of a training run, which are in a checkpoint, and no
+    unpickles. It holds no optimisers, replay buffer or other state of a training run, which are in a checkpoint, and no
     statistics of ``VecNormalize``, which SB3 pickles.
     """
 
