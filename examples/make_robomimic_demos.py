@@ -219,6 +219,7 @@ def make_demos(path: Path, task: str, num_episodes: int, seed: int = 0, keep_fai
             bar.set_postfix(success=f"{successes}/{attempts}")
     dataset = concatenate([episode.data for episode in kept])
     env_args = env.unwrapped.env_args  # type: ignore[attr-defined]
+    env.close()
     save_robomimic(dataset, path, env_args, [episode.states for episode in kept], [episode.model for episode in kept])
     lengths = dataset.episode_lengths
     print(f"{successes} of {attempts} episodes succeeded ({successes / attempts:.1%})")

@@ -128,7 +128,7 @@ class RobomimicEnv(gym.Env[np.ndarray, np.ndarray]):
         self.camera, self.image_size = camera, image_size
         kwargs = self.env_args["env_kwargs"] | {
             "has_renderer": False,
-            "has_offscreen_renderer": render_mode is not None,
+            "has_offscreen_renderer": False,  # it would be made anew at every reset: render() makes it when it is needed
             "ignore_done": True,
             "use_object_obs": True,
             "use_camera_obs": False,
@@ -226,8 +226,13 @@ class RobomimicEnv(gym.Env[np.ndarray, np.ndarray]):
         if self.render_mode is None:
             gym.logger.warn('render() was called without render_mode; pass render_mode="rgb_array".')
             return None
-        height, width = self.image_size
-        return self.robosuite_env.sim.render(height=height, width=width, camera_name=self.camera)[::-1]
+        from robosuite.utils.binding_utils import MjRenderContextOffscreen
+
+        sim, (height, width) = self.robosuite_env.sim, self.image_size
+        if sim._render_context_offscreen is None:
+            context = MjRenderContextOffscreen(sim, device_id=-1)  # the simulator keeps it
+            context.vopt.geomgroup[0] = 0  # what collides, in the way of what is to be seen
+        return sim.render(height=height, width=width, camera_name=self.camera)[::-1]
 
     def close(self) -> None:
         self.robosuite_env.close()
