@@ -128,7 +128,7 @@ class RobomimicEnv(gym.Env[np.ndarray, np.ndarray]):
         self.camera, self.image_size = camera, image_size
         kwargs = self.env_args["env_kwargs"] | {
             "has_renderer": False,
-            "has_offscreen_renderer": False,  # it would be made anew at every reset: render() makes it when it is needed
+            "has_offscreen_renderer": False,  # robosuite makes it at every reset, render() when it is needed
             "ignore_done": True,
             "use_object_obs": True,
             "use_camera_obs": False,
