@@ -101,7 +101,7 @@ class _Lines(KVWriter):
 
 
 class _Watched(CheckpointCallback):
-    """Tells the process outside how far it is."""
+    """Tells the process outside how far it is, and logs the losses of every step and of every seventh update."""
 
     def __init__(self, folder: Path, progress: Any) -> None:
         super().__init__(SAVE_FREQ, folder)
@@ -109,7 +109,13 @@ class _Watched(CheckpointCallback):
 
     def _on_step(self) -> bool:
         self.progress.value = self._progress()
+        if not self.in_rollout and self._progress() % 7 == 0:
+            self.logger.dump(self._progress())
         return super()._on_step()
+
+    def _on_rollout_end(self) -> None:
+        self.logger.dump(self.num_timesteps)
+        super()._on_rollout_end()
 
 
 def train(training: Training, progress: Any) -> None:
@@ -134,7 +140,7 @@ def train(training: Training, progress: Any) -> None:
     model.set_logger(Logger(str(training.folder), [_Lines(log)]))
     callback = _Watched(folder, progress)
     if training.explicit:
-        model.pretrain(UPDATES, callback=callback, log_interval=7)
+        model.pretrain(UPDATES, callback=callback)
     model.learn(STEPS, callback=callback, log_interval=1)
     result = training.folder / "unfinished.pt"
     th.save(contents(model), result)
@@ -223,17 +229,13 @@ def compare(training: Training, reference: Training) -> None:
     for name in sorted({*first, *second}):
         if name not in first or name not in second or not np.array_equal(first[name], second[name], equal_nan=True):
             training.differences.append(name)
-    expected = {key: values for key, values in _logged(reference)}
-    found = _logged(training)
-    training.differences += [f"log {key}" for key, values in found if expected.get(key) != values]
-    training.differences += [f"no log {key}" for key in expected.keys() - {key for key, _ in found}]
+    training.differences += [f"log {line}" for line in sorted(_logged(training) ^ _logged(reference))]
 
 
-def _logged(training: Training) -> list[tuple[tuple[str, int], dict[str, str]]]:
+def _logged(training: Training) -> set[str]:
     """Everything that was logged; between a checkpoint and a kill it was logged twice, and must be the same."""
-    lines = [line for path in sorted(training.folder.glob("log-*")) for line in path.read_text().splitlines()]
-    rows = [json.loads(line) for line in lines if line.endswith("]")]  # a kill may have cut the last one
-    return [((phase, step), values) for phase, step, values in rows]
+    lines = {line for path in training.folder.glob("log-*") for line in path.read_text().splitlines()}
+    return {line for line in lines if line.endswith("]")}  # a kill may have cut the last one
 
 
 def make_dataset(env_id: str, path: Path) -> None:
