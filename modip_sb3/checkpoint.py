@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import io
 import pickle
 import random
 import warnings
@@ -99,7 +100,9 @@ def save_state(model: BaseAlgorithm, folder: Path) -> None:
         "environments": None if model.env is None else capture(model.env),  # in the file of what has the same spaces
         "beside": Beside.of(model),
     }
-    th.save(state, folder / STATE_FILE, pickle_module=cloudpickle, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+    content = io.BytesIO()  # torch's own writer does not say what is wrong with a disk
+    th.save(state, content, pickle_module=cloudpickle, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+    (folder / STATE_FILE).write_bytes(content.getbuffer())
     buffer = getattr(model, "replay_buffer", None)
     if buffer is not None:
         _save_buffer(buffer, folder / REPLAY_FILE)

@@ -1,5 +1,6 @@
 """Exact resume: a training that dies goes on from its last checkpoint as if nothing had been."""
 
+import resource
 import shutil
 import warnings
 from collections.abc import Callable
@@ -257,13 +258,16 @@ def test_what_a_kill_left_unfinished_is_not_taken(tmp_path: Path) -> None:
 
 
 def test_a_disk_that_takes_no_more_does_not_stop_the_training(tmp_path: Path) -> None:
-    if not Path("/dev/full").exists():
-        pytest.skip("needs /dev/full")
     checkpointed(tmp_path)
-    (tmp_path / "checkpoint-3").symlink_to("/dev/full")  # neither a folder nor to be replaced by one
-    with pytest.warns(UserWarning, match=f"No checkpoint was written to {tmp_path}: .*The last one stays"):
-        (tmp_path / "unfinished-checkpoint").write_text("not a folder")
-        assert make(MODIP, ENV_ID).learn(11, callback=CheckpointCallback(10, tmp_path)).num_timesteps == 11
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes in a file; a checkpoint has more
+    try:
+        with pytest.warns(UserWarning, match=f"No checkpoint was written to {tmp_path}: .*The last one stays"):
+            model = make(MODIP, ENV_ID).learn(11, callback=CheckpointCallback(10, tmp_path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert model.num_timesteps == 11 and find_checkpoint(tmp_path) == tmp_path / "checkpoint-2"
+    assert not (tmp_path / "unfinished-checkpoint").exists()
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
