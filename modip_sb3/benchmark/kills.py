@@ -189,33 +189,50 @@ def run(training: Training, moments: Sequence[str], rng: random.Random) -> None:
         progress = context.Value("q", 0, lock=False)
         process = context.Process(target=train, args=(training, progress))
         process.start()
-        killed = bool(left) and _kill(process, training, left[0], progress, rng, len(left))
+        found = _kill(process, training, left[0], progress, rng, len(left)) if left else None
         process.join()
-        if not killed:
+        if found is None:
             if process.exitcode != 0:
                 training.differences.append(f"ended with exit code {process.exitcode}")
                 return
             training.survived = sum(training.kills.values())
             return
-        training.kills[left.pop(0)] += 1
+        training.kills[found] += 1
+        left.pop(0)
 
 
-def _kill(process: Any, training: Training, moment: str, progress: Any, rng: random.Random, num_left: int) -> bool:
-    """Wait for a moment and kill the process; False if it ended before."""
+def _kill(
+    process: Any, training: Training, moment: str, progress: Any, rng: random.Random, num_left: int
+) -> str | None:
+    """Wait for a moment and kill the process; returns what it was in the middle of, or None if it ended before."""
     unfinished = training.folder / "checkpoints" / UNFINISHED
+    left_over = _stamp(unfinished)  # by a process that was killed before
+
+    def is_writing() -> bool:
+        return _stamp(unfinished) not in (None, left_over)
+
     start, end = (0, UPDATES) if moment == "offline" else (UPDATES, UPDATES + STEPS)
     while progress.value < start and process.is_alive():
         time.sleep(0.0005)
     begin = max(progress.value, start)
     target = begin + rng.random() * max(end - 1 - begin, 0) / num_left  # the others need their share
     while process.is_alive():
-        if progress.value >= target and (moment != "writing" or unfinished.exists()):
+        if progress.value >= target and (moment != "writing" or is_writing()):
             time.sleep(rng.random() * 0.02)
             process.kill()
             process.join()
-            return process.exitcode == -signal.SIGKILL
+            if process.exitcode != -signal.SIGKILL:
+                return None
+            return "writing" if is_writing() else "offline" if progress.value < UPDATES else "online"
         time.sleep(0.0002)
-    return False
+    return None
+
+
+def _stamp(folder: Path) -> int | None:
+    try:
+        return folder.stat().st_ctime_ns
+    except FileNotFoundError:
+        return None
 
 
 def compare(training: Training, reference: Training) -> None:
