@@ -17,15 +17,30 @@ UNFINISHED = "unfinished-checkpoint"
 KEPT = 2  # the newest, and one to fall back on
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """
+    A file that appears under its name, in the place of another, once all of it is on the disk.
+
+    :param path: the file
+    :return: where to write it until then; after an error nothing is left there
+    """
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield unfinished
+        _sync(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def write_atomically(path: Path, text: str) -> None:
     """
     :param path: a file that holds either what it held before or all of the text, whenever the process dies
     :param text: its content
     """
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text)
-    _sync(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text)
 
 
 def write_json(path: Path, content: Any) -> None:

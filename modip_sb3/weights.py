@@ -1,7 +1,6 @@
 """Weights without pickle: tensors as safetensors, and what rebuilds the policy as JSON in the file's metadata."""
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
@@ -17,6 +16,8 @@ from stable_baselines3.common import torch_layers
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv
+
+from modip_sb3.storage import whole_file
 
 SUFFIX = ".safetensors"
 _KEY = "modip_sb3"
@@ -99,14 +100,8 @@ class SafeWeights(BaseAlgorithm):
         # Clones: tensors that share memory, of a shared features extractor for example, are stored once for each name
         tensors = {name: value.cpu().clone().contiguous() for name, value in self.policy.state_dict().items()}
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
+        with whole_file(path) as unfinished:
             save_file(tensors, unfinished, {_KEY: description})
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
         return path
 
     def load_weights(self, path: str | PathLike[str]) -> Self:

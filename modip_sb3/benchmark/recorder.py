@@ -16,7 +16,7 @@ from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder
 from modip_sb3.checkpoint import isolated_rng, save_state
 from modip_sb3.evaluation import evaluate
 from modip_sb3.policies import ActingMode
-from modip_sb3.storage import write_json
+from modip_sb3.storage import whole_file, write_json
 
 STATUS_INTERVAL = 1.0  # seconds between two updates of what the live table shows
 MB = 1e6
@@ -171,8 +171,8 @@ def save_model(model: BaseAlgorithm, folder: Path) -> None:
     statistics = model.get_vec_normalize_env()
     if statistics is not None:
         statistics.save(str(folder / "vecnormalize.pkl"))
-    model.save(folder / "unfinished-model.zip")
-    (folder / "unfinished-model.zip").replace(folder / "model.zip")
+    with whole_file(folder / "model.zip") as unfinished:
+        model.save(unfinished)
 
 
 def peak_memory_mb(totals: Totals) -> float:

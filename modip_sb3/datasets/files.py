@@ -1,12 +1,13 @@
 """HDF5 files: opened with one sentence for every fault, and written whole or not at all."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 
 import h5py
+
+from modip_sb3.storage import whole_file
 
 # HDF5 keeps the description of every group it has opened, some 30 kB an episode, until the file is closed
 EPISODES_AT_A_TIME = 32
@@ -59,10 +60,5 @@ def new_hdf5(path: str | PathLike[str]) -> Iterator[h5py.File]:
     if path.exists():
         raise FileExistsError(f"{path} exists and is not replaced; choose another path, or remove it first.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(unfinished, "w") as file:
-            yield file
-        unfinished.rename(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(path) as unfinished, h5py.File(unfinished, "w") as file:
+        yield file
