@@ -191,14 +191,9 @@ class MODIP(OfflineToOnlineAlgorithm):
         return [*super()._excluded_save_params(), "_label_buffer"]
 
     def _setup_optimizers(self) -> None:
-        policy, world_model = self.policy, self.policy.world_model
-        encoder = [*policy.features_extractor.parameters(), *world_model.encoder.parameters()]
-        rest = [p for name, p in world_model.named_parameters() if not name.startswith("encoder.")]
-        self.model_optimizer = self._make_optimizer(
-            [{"params": encoder, "lr_scale": 0.3}, {"params": [*rest, *policy.critic.parameters()], "lr_scale": 1.0}]
-        )
-        self.value_optimizer = self._make_optimizer(policy.value.parameters())
-        self.actor_optimizer = self._make_optimizer(policy.actor.parameters())
+        self.model_optimizer = self._make_model_optimizer()
+        self.value_optimizer = self._make_optimizer(self.policy.value.parameters())
+        self.actor_optimizer = self._make_optimizer(self.policy.actor.parameters())
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """

@@ -184,12 +184,7 @@ class TDMPC2(OfflineToOnlineAlgorithm):
         policy.planner_kwargs = {**policy.planner_kwargs, "gamma": self.gamma, **self.planner_kwargs}
         policy.check_planner()
         self.q_scale = th.ones((), device=self.device)
-        world_model = policy.world_model
-        encoder = [*policy.features_extractor.parameters(), *world_model.encoder.parameters()]
-        rest = [p for name, p in world_model.named_parameters() if not name.startswith("encoder.")]
-        self.model_optimizer = self._make_optimizer(
-            [{"params": encoder, "lr_scale": 0.3}, {"params": [*rest, *policy.critic.parameters()], "lr_scale": 1.0}]
-        )
+        self.model_optimizer = self._make_model_optimizer()
         adam = issubclass(policy.optimizer_class, th.optim.Adam)  # AdamW is one too
         self.actor_optimizer = self._make_optimizer(policy.actor.parameters(), **({"eps": 1e-5} if adam else {}))
 
