@@ -1,6 +1,7 @@
 """Building blocks shared by the world model and the critics (the TD-MPC2 family, arXiv:2310.16828)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch as th
 import torch.nn.functional as F
@@ -23,6 +24,31 @@ class SimNorm(nn.Module):
         # Groups as columns: over a short last dimension PyTorch's softmax takes five times as long on a CPU
         columns = inputs.reshape(-1, self.group_size).T.contiguous()
         return F.softmax(columns, dim=0).T.reshape(inputs.shape)
+
+
+class _FastMish(th.autograd.Function):
+    """Mish from one exponential: tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: th.Tensor) -> th.Tensor:
+        exponential = inputs.clamp(max=20.0).exp_()  # from there on the tanh is 1
+        numerator = (exponential + 2).mul_(exponential)
+        tanh = numerator.div_(numerator + 2)
+        ctx.save_for_backward(inputs, tanh)
+        return inputs * tanh
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: th.Tensor) -> th.Tensor:
+        inputs, tanh = ctx.saved_tensors
+        slope = th.sigmoid(inputs).mul_(inputs)  # of x tanh(softplus(x)): tanh + x sigmoid(x) (1 - tanh²)
+        return slope.addcmul_(slope, tanh * tanh, value=-1).add_(tanh).mul_(gradients[0])
+
+
+class Mish(nn.Module):
+    """Mish, x tanh(softplus(x)) (Misra, arXiv:1908.08681); on a CPU in a third of the time of PyTorch's."""
+
+    def forward(self, inputs: th.Tensor) -> th.Tensor:
+        return _FastMish.apply(inputs) if inputs.device.type == "cpu" else F.mish(inputs)
 
 
 def mlp(
@@ -104,7 +130,7 @@ class EnsembleLayerNorm(nn.Module):
         self.bias = nn.Parameter(th.zeros(num_members, 1, width))
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
-        return F.layer_norm(inputs, inputs.shape[-1:]) * self.weight + self.bias
+        return th.addcmul(self.bias, F.layer_norm(inputs, inputs.shape[-1:]), self.weight)
 
 
 class EnsembleMLP(nn.Module):

@@ -5,7 +5,7 @@ import pytest
 import torch as th
 import torch.nn.functional as F
 
-from modip_sb3.networks import EnsembleMLP, RunningNormalizer, SimNorm, TwoHot, mlp
+from modip_sb3.networks import EnsembleMLP, Mish, RunningNormalizer, SimNorm, TwoHot, mlp
 
 
 @pytest.mark.parametrize("shape", [(8,), (5, 16), (2, 3, 24)])
@@ -110,3 +110,14 @@ def test_running_normalizer_sees_all_batches_as_one() -> None:
     features = th.tensor([[3.0, -100.0, 1e6]])
     expected = ((features.numpy() - seen.mean(0)) / seen.std(0)).clip(-10, 10)
     np.testing.assert_allclose(normalizer(features), expected, rtol=1e-2, atol=1e-2)
+
+
+def test_mish_is_pytorchs_with_its_gradient() -> None:
+    inputs = th.cat([th.linspace(-100, 100, 4001), th.linspace(-3, 3, 4001), th.tensor([-1e30, 0.0, 1e30])])
+    ours, theirs = inputs.clone().requires_grad_(), inputs.clone().requires_grad_()
+    outputs, expected = Mish()(ours), F.mish(theirs)
+    weights = th.randn(len(inputs), generator=th.Generator().manual_seed(0))
+    (outputs * weights).sum().backward()
+    (expected * weights).sum().backward()
+    th.testing.assert_close(outputs, expected, rtol=1e-6, atol=1e-6)
+    th.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import nn
 from modip_sb3.acting import ActingMode, ChunkState, PlanningPolicy
 from modip_sb3.checks import check_at_least, check_choice, check_fraction
 from modip_sb3.critics import ValueEnsemble
-from modip_sb3.networks import SimNorm, TwoHot, init_truncated_normal, mlp, zero_init
+from modip_sb3.networks import Mish, SimNorm, TwoHot, init_truncated_normal, mlp, zero_init
 from modip_sb3.planner import MPPI, Plan
 from modip_sb3.world_model import WorldModel
 
@@ -62,10 +62,10 @@ class PublishedWorldModel(WorldModel):
 
         self.latent_dim = latent_dim
         self.two_hot = TwoHot()
-        self.encoder = mlp(features_dim, encoder_arch, latent_dim, normed(), nn.Mish)
-        self.dynamics = mlp(latent_dim + action_dim, net_arch, latent_dim, normed(), nn.Mish)
-        self.reward_head = mlp(latent_dim + action_dim, net_arch, self.two_hot.num_bins, activation=nn.Mish)
-        self.termination_head = mlp(latent_dim, net_arch, 1, activation=nn.Mish) if with_termination else None
+        self.encoder = mlp(features_dim, encoder_arch, latent_dim, normed(), Mish)
+        self.dynamics = mlp(latent_dim + action_dim, net_arch, latent_dim, normed(), Mish)
+        self.reward_head = mlp(latent_dim + action_dim, net_arch, self.two_hot.num_bins, activation=Mish)
+        self.termination_head = mlp(latent_dim, net_arch, 1, activation=Mish) if with_termination else None
         self.apply(init_truncated_normal)
         zero_init(self.reward_head[-1])
 
@@ -88,7 +88,7 @@ class GaussianPrior(nn.Module):
     def __init__(self, latent_dim: int, action_dim: int, net_arch: Sequence[int]):
         super().__init__()
         self.action_dim = action_dim
-        self.net = mlp(latent_dim, net_arch, 2 * action_dim, activation=nn.Mish)
+        self.net = mlp(latent_dim, net_arch, 2 * action_dim, activation=Mish)
         self.apply(init_truncated_normal)
 
     def forward(self, latents: th.Tensor, noise: th.Tensor | None = None) -> tuple[th.Tensor, th.Tensor]:
@@ -203,9 +203,7 @@ class TDMPC2Policy(PlanningPolicy):
             self.encoder_arch,
             self.termination_head,
         )
-        self.critic = ValueEnsemble(
-            self.latent_dim, self.action_dim, self.n_critics, critic_arch, nn.Mish, self.dropout
-        )
+        self.critic = ValueEnsemble(self.latent_dim, self.action_dim, self.n_critics, critic_arch, Mish, self.dropout)
         self.critic.apply(init_truncated_normal)
         zero_init(self.critic.ensemble.layers[-1])
         self.actor = GaussianPrior(self.latent_dim, self.action_dim, actor_arch)
