@@ -99,3 +99,21 @@ def plot_intervals(estimates: Mapping[str, Estimate], xlabel: str, colors: Color
     axes.set_xlabel(xlabel)
     axes.grid(axis="x", alpha=0.3)
     _save(figure, path)
+
+
+def plot_lines(x: np.ndarray, lines: Mapping[str, np.ndarray], xlabel: str, ylabel: str, path: Path) -> None:
+    """
+    :param x: ``(N,)``
+    :param lines: values by name ``(N,)``
+    :param xlabel: what x is
+    :param ylabel: what the values are
+    :param path: a PNG file
+    """
+    figure, axes = _pyplot().subplots(figsize=(6.5, 4))
+    for name, values in lines.items():
+        axes.plot(x, values, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    _save(figure, path)
