@@ -18,7 +18,7 @@ from tqdm.rich import tqdm
 
 from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolicy
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
-from modip_sb3.checks import check_at_least, check_choice, check_fraction
+from modip_sb3.checks import BUFFER_ARGUMENTS, check_choice, check_count, check_fraction, check_keywords, check_subclass
 from modip_sb3.datasets import DatasetSources, OfflineDataset
 from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
 from modip_sb3.planner import PlanTracker
@@ -88,9 +88,8 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
-        check_at_least(1, batch_size=self.batch_size, n_steps=self.n_steps)
-        check_at_least(0, pretrain_steps=pretrain_steps)
-        check_fraction(gamma=self.gamma, tau=self.tau, offline_fraction=offline_fraction)
+        check_count(0, pretrain_steps=pretrain_steps)
+        check_fraction(offline_fraction=offline_fraction)
         check_choice("rollout_with", rollout_with, "policy", "planner")
         check_choice("inference", inference, "policy", "planner")
         self.offline_dataset = offline_dataset
@@ -112,10 +111,8 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
 
     def _setup_model(self) -> None:
         buffer_class = self.replay_buffer_class or SequenceReplayBuffer
-        if not issubclass(buffer_class, SequenceReplayBuffer):
-            raise ValueError(
-                f"replay_buffer_class={buffer_class.__name__} cannot sample sequences; use a SequenceReplayBuffer."
-            )
+        check_subclass("replay_buffer_class", buffer_class, SequenceReplayBuffer)
+        check_keywords("replay_buffer_kwargs", self.replay_buffer_kwargs, buffer_class, *BUFFER_ARGUMENTS)
         self.replay_buffer_class = buffer_class
         # SB3 would warn that a custom buffer ignores n_steps: this one does not, it is told here
         n_steps, self.n_steps = self.n_steps, 1

@@ -10,6 +10,8 @@ from diffusers import SchedulerMixin, UNet1DModel
 from diffusers.models.embeddings import Timesteps
 from torch import nn
 
+from modip_sb3.checks import check_count, check_keywords
+
 DEFAULT_SCHEDULER_KWARGS: dict[str, Any] = {
     "num_train_timesteps": 20,
     "beta_schedule": "squaredcos_cap_v2",
@@ -148,7 +150,7 @@ def scheduler_class(name: str) -> Any:
     :param name: class name of a diffusers scheduler
     :return: the class
     """
-    found = getattr(diffusers, name, None)
+    found = getattr(diffusers, name, None) if isinstance(name, str) else None
     if not (inspect.isclass(found) and issubclass(found, SchedulerMixin)):
         raise ValueError(f"{name!r} is not a scheduler of diffusers; expected a class name such as 'DDIMScheduler'.")
     return found
@@ -162,6 +164,7 @@ def make_schedulers(names: Sequence[str], scheduler_kwargs: dict[str, Any]) -> l
     :param scheduler_kwargs: arguments over ``DEFAULT_SCHEDULER_KWARGS``; each scheduler gets those that it knows
     :return: the schedulers
     """
+    check_keywords("scheduler_kwargs", scheduler_kwargs)
     classes = [scheduler_class(name) for name in names]
     known = [inspect.signature(cls.__init__).parameters for cls in classes]
     unknown = [key for key in scheduler_kwargs if not any(key in parameters for parameters in known)]
@@ -172,8 +175,21 @@ def make_schedulers(names: Sequence[str], scheduler_kwargs: dict[str, Any]) -> l
         # Estimates of the clean actions must stay in [-1, 1]: DDPM and DDIM clip them, DPM-Solver thresholds them
         clipping = {} if "clip_sample" in parameters else {"thresholding": True}
         merged = {**DEFAULT_SCHEDULER_KWARGS, **clipping, **scheduler_kwargs}
-        schedulers.append(cls(**{key: value for key, value in merged.items() if key in parameters}))
+        check_count(1, num_train_timesteps=merged["num_train_timesteps"])
+        try:
+            schedulers.append(cls(**{key: value for key, value in merged.items() if key in parameters}))
+        except Exception as error:  # each scheduler has errors of its own
+            raise ValueError(
+                f"{cls.__name__} does not take scheduler_kwargs={scheduler_kwargs}; see its documentation in diffusers."
+            ) from error
     return schedulers
+
+
+class _Zeros(nn.Module):
+    """The denoiser that schedulers are tried with."""
+
+    def forward(self, noisy_actions: th.Tensor, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
+        return th.zeros_like(noisy_actions)
 
 
 class DiffusionModel(nn.Module):
@@ -199,7 +215,6 @@ class DiffusionModel(nn.Module):
         num_inference_steps: int = 5,
     ):
         super().__init__()
-        self.denoiser = denoiser
         self.chunk_shape = chunk_shape
         self.train_scheduler, self.sample_scheduler = make_schedulers(
             (train_scheduler, sample_scheduler), scheduler_kwargs or {}
@@ -211,6 +226,27 @@ class DiffusionModel(nn.Module):
                 f"num_train_timesteps={num_train_timesteps}."
             )
         self.num_inference_steps = num_inference_steps
+        self.denoiser: nn.Module = _Zeros()
+        self._try_schedulers()
+        self.denoiser = denoiser
+
+    def _try_schedulers(self) -> None:
+        """Some of diffusers' schedulers are for other data, and settings can be wrong: noise and denoise one chunk."""
+        chunk = th.zeros(1, *self.chunk_shape)
+        error: Exception | None = None
+        with th.random.fork_rng(devices=[]):
+            try:
+                loss, _ = self.compute_loss(chunk, chunk, th.ones(chunk.shape[:2]))
+                works = bool(loss.isfinite()) and bool(self.sample(chunk).isfinite().all())
+            except Exception as reason:  # each scheduler has errors of its own
+                works, error = False, reason
+        if not works:
+            names = [type(scheduler).__name__ for scheduler in (self.train_scheduler, self.sample_scheduler)]
+            raise ValueError(
+                f"The schedulers {names} with their scheduler_kwargs and "
+                f"num_inference_steps={self.num_inference_steps} cannot noise and denoise "
+                "chunks of actions; choose others, such as 'DDPMScheduler' and 'DDIMScheduler' without them."
+            ) from error
 
     def compute_loss(
         self, chunks: th.Tensor, condition: th.Tensor, weights: th.Tensor

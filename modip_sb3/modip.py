@@ -11,9 +11,10 @@ from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
-from modip_sb3.checks import check_at_least, check_choice, check_fraction
+from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
+from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS
 from modip_sb3.policies import ActingMode, MODIPPolicy
 from modip_sb3.world_model import compute_world_model_loss
 
@@ -153,12 +154,13 @@ class MODIP(OfflineToOnlineAlgorithm):
             rollout_with=rollout_with,
             inference=inference,
         )
-        check_at_least(1, relabel_freq=relabel_freq)
+        check_count(1, relabel_freq=relabel_freq)
         check_at_least(0, distill_beta=distill_beta, max_grad_norm=max_grad_norm)
         check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho, actor_tau=actor_tau)
         check_choice("critic_target", critic_target, "v", "policy")
         check_choice("distill_from", distill_from, "executed", "relabel", "both")
         check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
+        check_keywords("planner_kwargs", planner_kwargs, MPPI, *PLANNER_ARGUMENTS)
         self.planner_defaults = SEARCH_WIDELY if offline_dataset is None else RANK_PROPOSALS
         self.planner_kwargs = dict(planner_kwargs or {})
         self.critic_target = critic_target

@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 
 from modip_sb3.buffers import SequenceReplayBuffer, map_obs
+from modip_sb3.checks import check_count, check_keywords, check_off_policy
 from modip_sb3.datasets import DatasetSources, OfflineDataset, fingerprint, holds_no_data, load_sources
 from modip_sb3.resume import ResumableAlgorithm
 from modip_sb3.weights import SafeWeights
@@ -48,6 +49,12 @@ class OfflineDataAlgorithm(SafeWeights, ResumableAlgorithm):
     action_space: spaces.Box
     offline_dataset: DatasetSources | None
     _had_offline_data = False
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        check_keywords("policy_kwargs", kwargs.get("policy_kwargs"))
+        check_count(0, verbose=kwargs.get("verbose", 0))
+        super().__init__(*args, **kwargs)
+        check_off_policy(self)
 
     def _setup_model(self) -> None:
         super()._setup_model()

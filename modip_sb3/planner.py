@@ -7,6 +7,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch as th
 
+from modip_sb3.checks import check_at_least, check_count, check_fraction, check_number
+
+PLANNER_ARGUMENTS = ("model", "propose", "terminal_value")  # of MPPI, which are no settings
+
 
 class LatentModel(Protocol):
     """What the planner needs of a model; all tensors have a flat batch dimension N."""
@@ -44,7 +48,7 @@ class MPPI:
     :param propose: draws action sequences for the start latents, ``(B, Z) -> (B, n, H, A)`` with ``n >= 1``
     :param terminal_value: values of final latents, ``(N, Z) -> (E, N)``, one row for each ensemble member
     :param num_samples: sequences drawn around the elites' mean in each iteration; 0 only ranks the proposals
-    :param num_elites: best candidates that the mean and spread are computed from
+    :param num_elites: best candidates that the mean and spread are computed from, or all if there are fewer
     :param num_iterations: refinements of mean and spread
     :param temperature: inverse temperature of the elites' weights; raising it trusts the best candidate more
     :param min_std: lower bound of the search spread, which is also the exploration noise
@@ -70,13 +74,17 @@ class MPPI:
     gamma: float = 0.99
 
     def __post_init__(self) -> None:
-        if self.num_samples < 0 or self.num_iterations < 0 or self.num_elites < 1:
+        check_count(0, num_samples=self.num_samples, num_iterations=self.num_iterations)
+        check_count(1, num_elites=self.num_elites)
+        check_at_least(0, temperature=self.temperature, min_std=self.min_std, max_std=self.max_std)
+        check_number(pessimism=self.pessimism)
+        if self.trust_region is not None:
+            check_at_least(0, trust_region=self.trust_region)
+        check_fraction(gamma=self.gamma)
+        if self.min_std > self.max_std:
             raise ValueError(
-                f"The planner needs num_samples >= 0, num_iterations >= 0 and num_elites >= 1, but got "
-                f"{self.num_samples}, {self.num_iterations} and {self.num_elites}."
+                f"The planner needs min_std <= max_std, but got {self.min_std} and {self.max_std}; raise the latter."
             )
-        if not 0 <= self.min_std <= self.max_std:
-            raise ValueError(f"The planner needs 0 <= min_std <= max_std, but got {self.min_std} and {self.max_std}.")
 
     @th.no_grad()
     def plan(self, latents: th.Tensor, warm_start: th.Tensor | None = None, deterministic: bool = False) -> Plan:
@@ -109,6 +117,11 @@ class MPPI:
                 best = th.where(better[:, None, None], elites[:, 0], best)
                 best_value = th.where(better, elite_values[:, 0], best_value)
                 mean, std = self._fit(elites, elite_values)
+        if not elite_values.isfinite().all():
+            raise FloatingPointError(
+                "The planner's scores are not finite: the networks have diverged, or the observation was not finite; "
+                "go back to an earlier checkpoint or model, and lower learning_rate."
+            )
         if not deterministic:
             chosen = th.multinomial(self._weights(elite_values), 1)  # (B, 1)
             best_value = elite_values.gather(1, chosen).squeeze(1)

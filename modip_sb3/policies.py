@@ -13,11 +13,11 @@ from torch import nn
 
 from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolicy
 from modip_sb3.buffers import map_obs
-from modip_sb3.checks import check_at_least, check_choice
+from modip_sb3.checks import check_choice, check_count, check_keywords
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.diffusion import DiffusionModel, GaussianModel, MLPDenoiser, UNetDenoiser
 from modip_sb3.networks import RunningNormalizer
-from modip_sb3.planner import MPPI, Plan
+from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.world_model import WorldModel
 
 __all__ = ["ActingMode", "ChunkState", "DiffusionPolicy", "MODIPPolicy", "PlanningPolicy"]
@@ -83,6 +83,8 @@ class DiffusionPolicy(ActingPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
+        check_count(1, action_horizon=action_horizon, num_inference_steps=num_inference_steps)
+        check_count(0, n_action_steps=n_action_steps)
         if not 1 <= n_action_steps <= action_horizon:
             raise ValueError(
                 f"n_action_steps={n_action_steps} must lie between 1 and action_horizon={action_horizon}: a chunk is "
@@ -237,7 +239,9 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ):
-        check_at_least(1, num_proposals=num_proposals, n_critics=n_critics)
+        check_count(1, num_proposals=num_proposals, n_critics=n_critics, latent_dim=latent_dim)
+        check_count(0, horizon=horizon, action_horizon=action_horizon)
+        check_keywords("planner_kwargs", planner_kwargs, MPPI, *PLANNER_ARGUMENTS)
         check_choice("terminal_value", terminal_value, "v", "q")
         check_choice("inference", inference, "policy", "planner")
         if not 1 <= horizon <= action_horizon:

@@ -173,10 +173,10 @@ class SafeWeights(BaseAlgorithm):
             observation_space, action_space = env.observation_space, env.action_space
         _check_description(path, description, cls, observation_space, action_space)
         policy = policy or ("MultiInputPolicy" if isinstance(observation_space, spaces.Dict) else "MlpPolicy")
-        model = cls(policy, env, policy_kwargs=arguments, _init_setup_model=False, **settings | kwargs)  # type: ignore[call-arg]
-        model.observation_space, model.action_space = observation_space, action_space
-        model.n_envs = 1 if env is None else env.num_envs
         with _buildable(path):
+            model = cls(policy, env, policy_kwargs=arguments, _init_setup_model=False, **settings | kwargs)  # type: ignore[call-arg]
+            model.observation_space, model.action_space = observation_space, action_space
+            model.n_envs = 1 if env is None else env.num_envs
             model._setup_model()
         return model.load_weights(path)
 

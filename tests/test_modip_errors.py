@@ -83,7 +83,7 @@ def test_wrong_spaces(make_model: MakeModel, env: gym.Env, policy: str, message:
         ({"actor_tau": 5}, "actor_tau=5 is not between 0 and 1"),
         ({"policy_kwargs": {"num_proposals": 0}}, "num_proposals=0 must be at least 1"),
         ({"policy_kwargs": {"n_critics": 0}}, "n_critics=0 must be at least 1"),
-        ({"planner_kwargs": {"num_elites": 0}}, "num_elites >= 1"),
+        ({"planner_kwargs": {"num_elites": 0}}, "num_elites=0 must be at least 1"),
         ({"planner_kwargs": {"min_std": 2.0}}, "min_std <= max_std"),
     ],
     ids=str,

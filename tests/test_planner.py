@@ -251,11 +251,11 @@ def test_warm_start_helps_when_it_is_the_optimum() -> None:
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"num_samples": -1}, "num_samples >= 0"),
-        ({"num_iterations": -1}, "num_iterations >= 0"),
-        ({"num_elites": 0}, "num_elites >= 1"),
+        ({"num_samples": -1}, "num_samples=-1 must be at least 0"),
+        ({"num_iterations": -1}, "num_iterations=-1 must be at least 0"),
+        ({"num_elites": 0}, "num_elites=0 must be at least 1"),
         ({"min_std": 0.6, "max_std": 0.5}, "min_std <= max_std"),
-        ({"min_std": -0.1}, "0 <= min_std"),
+        ({"min_std": -0.1}, "min_std=-0.1 must be at least 0"),
     ],
 )
 def test_wrong_settings_are_named(wrong: dict[str, float], message: str) -> None:

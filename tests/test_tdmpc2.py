@@ -337,7 +337,7 @@ def test_vec_normalize(make_model: MakeModel, tmp_path: Path) -> None:
         ({"policy_kwargs": {"horizon": 0}}, "horizon=0 must be at least 1"),
         ({"policy_kwargs": {"num_proposals": 0}}, "num_proposals=0 must be at least 1"),
         ({"policy_kwargs": {"dropout": 2.0}}, "dropout=2.0 is not between 0 and 1"),
-        ({"planner_kwargs": {"num_elites": 0}}, "num_elites >= 1"),
+        ({"planner_kwargs": {"num_elites": 0}}, "num_elites=0 must be at least 1"),
         ({"inference": "prior"}, "inference='prior'.*'planner'"),
         ({"rho": -1}, "rho=-1 is not between 0 and 1"),
         ({"entropy_coef": -1}, "entropy_coef=-1 must be at least 0"),

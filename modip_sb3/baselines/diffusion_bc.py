@@ -10,7 +10,7 @@ from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.buffers import SequenceBatch, map_obs
-from modip_sb3.checks import check_at_least, check_fraction
+from modip_sb3.checks import check_at_least, check_count, check_fraction
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.policies import DiffusionPolicy
 
@@ -90,7 +90,7 @@ class DiffusionBC(OfflineToOnlineAlgorithm):
             rollout_with="policy",
             inference="policy",
         )
-        check_at_least(1, pretrain_steps=pretrain_steps)
+        check_count(1, pretrain_steps=pretrain_steps)
         check_at_least(0, max_grad_norm=max_grad_norm)
         check_fraction(actor_tau=actor_tau)
         self.actor_tau = actor_tau

@@ -6,7 +6,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3 import SAC
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy, ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim
@@ -18,7 +18,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from modip_sb3.buffers import map_obs
-from modip_sb3.checks import check_at_least, check_fraction, check_one_hot
+from modip_sb3.checks import (
+    BUFFER_ARGUMENTS,
+    check_count,
+    check_flags,
+    check_fraction,
+    check_keywords,
+    check_number,
+    check_one_hot,
+)
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.offline import OfflineDataAlgorithm
 
@@ -67,6 +75,20 @@ class LayerNormCritic(ContinuousCritic):
         return th.cat([self.q_networks[member](inputs) for member in members], dim=1)
 
 
+def _check_ent_coef(ent_coef: Any) -> None:
+    start = str(ent_coef).removeprefix("auto_")
+    try:
+        number = 1.0 if start == "auto" else float(start)
+    except ValueError:
+        number = np.nan
+    lowest = 1e-9 if start != str(ent_coef) else 0  # a start is taken the logarithm of
+    if isinstance(ent_coef, bool) or not lowest <= number < np.inf:
+        raise ValueError(
+            f"ent_coef={ent_coef!r} is neither 'auto', nor a start above 0 such as 'auto_0.1', nor a number of "
+            "at least 0; give one of them."
+        )
+
+
 class RLPDPolicy(SACPolicy):
     """
     SAC's policy with an ensemble of critics with LayerNorm.
@@ -89,6 +111,7 @@ class RLPDPolicy(SACPolicy):
         n_critics: int = 10,
         **kwargs: Any,
     ):
+        check_count(1, n_critics=n_critics)
         super().__init__(observation_space, action_space, lr_schedule, n_critics=n_critics, **kwargs)
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> LayerNormCritic:
@@ -211,9 +234,12 @@ class RLPD(OfflineDataAlgorithm, SAC):
             device=device,
             _init_setup_model=False,
         )
-        check_at_least(1, batch_size=batch_size, n_steps=n_steps, policy_delay=policy_delay)
-        check_at_least(1, n_target_critics=n_target_critics)
-        check_fraction(gamma=gamma, tau=tau, offline_fraction=offline_fraction)
+        check_count(1, policy_delay=policy_delay, n_target_critics=n_target_critics)
+        check_fraction(offline_fraction=offline_fraction)
+        check_flags(backup_entropy=backup_entropy)
+        _check_ent_coef(ent_coef)
+        if target_entropy != "auto":
+            check_number(target_entropy=target_entropy)
         self.offline_dataset = offline_dataset
         self.offline_fraction = offline_fraction
         self.policy_delay = policy_delay
@@ -226,6 +252,8 @@ class RLPD(OfflineDataAlgorithm, SAC):
         if self.target_entropy == "auto":
             self.target_entropy = -get_action_dim(self.action_space) / 2
         check_one_hot(self.observation_space)
+        buffer_class = self.replay_buffer_class or (ReplayBuffer if self.n_steps == 1 else NStepReplayBuffer)
+        check_keywords("replay_buffer_kwargs", self.replay_buffer_kwargs, buffer_class, *BUFFER_ARGUMENTS)
         super()._setup_model()
         if self.n_target_critics > self.critic.n_critics:
             raise ValueError(

@@ -15,8 +15,9 @@ from modip_sb3.acting import ActingMode
 from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
 from modip_sb3.baselines.tdmpc2_policy import TDMPC2Policy
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
-from modip_sb3.checks import check_at_least, check_fraction
+from modip_sb3.checks import check_at_least, check_fraction, check_keywords
 from modip_sb3.datasets import DatasetSources, OfflineDataset
+from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS
 from modip_sb3.world_model import compute_world_model_errors
 
 CONSISTENCY_COEF, REWARD_COEF, VALUE_COEF, TERMINATION_COEF = 20.0, 0.1, 0.1, 1.0
@@ -134,6 +135,8 @@ class TDMPC2(OfflineToOnlineAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ):
+        check_keywords("policy_kwargs", policy_kwargs)
+        check_keywords("planner_kwargs", planner_kwargs, MPPI, *PLANNER_ARGUMENTS)
         super().__init__(
             policy,
             env,

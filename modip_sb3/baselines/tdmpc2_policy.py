@@ -13,10 +13,10 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from modip_sb3.acting import ActingMode, ChunkState, PlanningPolicy
-from modip_sb3.checks import check_at_least, check_choice, check_fraction
+from modip_sb3.checks import check_choice, check_count, check_flags, check_fraction, check_keywords, check_widths
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.networks import Mish, SimNorm, TwoHot, init_truncated_normal, mlp, zero_init
-from modip_sb3.planner import MPPI, Plan
+from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.world_model import WorldModel
 
 # The published sizes, by millions of parameters. "encoder_arch" are hidden layers: one more leads to the latent state.
@@ -165,10 +165,11 @@ class TDMPC2Policy(PlanningPolicy):
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
-        if model_size not in MODEL_SIZES:
-            raise ValueError(f"model_size={model_size!r} is unknown; choose from {list(MODEL_SIZES)}.")
+        check_choice("model_size", model_size, *MODEL_SIZES)
         check_choice("inference", inference, "policy", "planner")
-        check_at_least(1, horizon=horizon, num_proposals=num_proposals)
+        check_count(1, horizon=horizon, num_proposals=num_proposals)
+        check_flags(termination_head=termination_head)
+        check_keywords("planner_kwargs", planner_kwargs, MPPI, *PLANNER_ARGUMENTS)
         check_fraction(dropout=dropout)
         size = MODEL_SIZES[model_size]
         self.model_size = model_size
@@ -176,11 +177,13 @@ class TDMPC2Policy(PlanningPolicy):
         self.encoder_arch = size["encoder_arch"] if encoder_arch is None else encoder_arch
         self.latent_dim = size["latent_dim"] if latent_dim is None else latent_dim
         self.n_critics = size["n_critics"] if n_critics is None else n_critics
+        check_count(1, latent_dim=self.latent_dim, n_critics=self.n_critics)
+        check_widths(encoder_arch=self.encoder_arch)
         self.dropout, self.termination_head, self.inference = dropout, termination_head, inference
         self.horizon = self.action_horizon = horizon
         self.num_proposals = num_proposals
         published = {
-            "num_samples": NUM_CANDIDATES - num_proposals,
+            "num_samples": max(NUM_CANDIDATES - num_proposals, 0),
             "num_elites": 64,
             "num_iterations": 6 if self.action_dim < 20 else 8,
             "temperature": 0.5,

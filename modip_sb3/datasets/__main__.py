@@ -22,7 +22,7 @@ from rich.console import Console
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
-from modip_sb3.checks import check_at_least
+from modip_sb3.checks import check_count
 from modip_sb3.datasets.d4rl import save_d4rl
 from modip_sb3.datasets.minari_io import new_minari_folder, save_minari
 from modip_sb3.datasets.offline import OfflineDataset
@@ -59,7 +59,7 @@ def collect_command(args: argparse.Namespace) -> None:
 
     example: %(prog)s sac.zip --algo sac --env Hopper-v5 --dataset-id me/hopper/mine-v0 --steps 100000
     """
-    check_at_least(1, n_envs=args.n_envs)
+    check_count(1, n_envs=args.n_envs)
     new_minari_folder(args.dataset_id, args.path)
     algorithm = find_algorithm(args.algo)
     env_kwargs = dict(args.env_kwargs)

@@ -18,7 +18,7 @@ from stable_baselines3.common.utils import check_for_correct_spaces, set_random_
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize, unwrap_vec_normalize
 from tqdm import tqdm
 
-from modip_sb3.checks import check_at_least, check_observation_space
+from modip_sb3.checks import check_count, check_observation_space
 from modip_sb3.datasets.columns import by_key, join, unkeyed
 from modip_sb3.datasets.offline import OfflineDataset
 
@@ -136,7 +136,7 @@ def collect(
         raise ValueError(f"num_steps={num_steps} and num_episodes={num_episodes}: give exactly one of them.")
     unit, total = ("steps", num_steps) if num_steps is not None else ("episodes", num_episodes)
     assert total is not None
-    check_at_least(1, **{f"num_{unit}": total})
+    check_count(1, **{f"num_{unit}": total})
     vec_env = env if isinstance(env, VecEnv) else make_vec_env(env if isinstance(env, str) else lambda: env)
     try:
         _check_fit(model, vec_env)
