@@ -20,6 +20,7 @@ from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolic
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import BUFFER_ARGUMENTS, check_choice, check_count, check_fraction, check_keywords, check_subclass
 from modip_sb3.datasets import DatasetSources, OfflineDataset
+from modip_sb3.faults import check_actions
 from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
 from modip_sb3.planner import PlanTracker
 from modip_sb3.resume import CheckpointCallback
@@ -74,7 +75,6 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
 
     policy: ActingPolicy
     replay_buffer: SequenceReplayBuffer
-    max_grad_norm: float
     optimizer_names: tuple[str, ...] = ()
 
     def __init__(
@@ -143,7 +143,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
         """The next action, with ``inference``; parameters as in :meth:`ActingPolicy.predict`."""
         self.policy.inference = self.inference
-        return self.policy.predict(observation, state, episode_start, deterministic)
+        return super().predict(observation, state, episode_start, deterministic)
 
     # ---------------------------------------------------------------- offline phase
 
@@ -216,7 +216,9 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         length = self.policy.action_horizon if clone_only else self.sequence_length
         self._restore_beside()
         for _ in updates:
-            metrics = self._update(self._sample_offline(self.batch_size, length), phase)
+            metrics: Metrics = {}
+            with self._skipping("pretrain"):
+                metrics = self._update(self._sample_offline(self.batch_size, length), phase)
             self._n_pretrain_updates += 1
             for name, value in metrics.items():
                 self.logger.record_mean(f"pretrain/{name}", value.item())
@@ -278,6 +280,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         actions, self._chunk_state, plan = self.policy.act(
             obs, self._chunk_state, self.rollout_with, deterministic=False
         )
+        check_actions(actions)
         if plan is not None:
             self._plan_tracker.start(plan.value.cpu().numpy())
             self.logger.record_mean("rollout/plan_gain", (plan.value - plan.proposal_value).mean().item())
@@ -336,14 +339,6 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         return self._make_optimizer(
             [{"params": encoder, "lr_scale": 0.3}, {"params": [*rest, *policy.critic.parameters()], "lr_scale": 1.0}]
         )
-
-    def _optimize(self, optimizer: th.optim.Optimizer, loss: th.Tensor) -> None:
-        """One step, with the norm of the gradient clipped to ``max_grad_norm``."""
-        optimizer.zero_grad()
-        loss.backward()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        optimizer.step()
 
     def _update_learning_rate(self, optimizers: list[th.optim.Optimizer] | th.optim.Optimizer) -> None:
         super()._update_learning_rate(optimizers)

@@ -54,6 +54,8 @@ class SequenceReplayBuffer(NStepReplayBuffer):
     :param optimize_memory_usage: accepted for SB3's sake: next observations are never stored twice
     :param n_steps: rewards that ``sample()`` adds up
     :param gamma: discount factor of ``sample()``
+    :param handle_timeout_termination: True, as everywhere here: a time limit is no termination
+    :raises ValueError: if it is False
     """
 
     observations: Any
@@ -71,7 +73,13 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         optimize_memory_usage: bool = False,
         n_steps: int = 1,
         gamma: float = 0.99,
+        handle_timeout_termination: bool = True,
     ):
+        if not handle_timeout_termination:
+            raise ValueError(
+                "handle_timeout_termination=False would take time limits for terminations, which sequences keep apart: "
+                "leave it out, or let the environment terminate where its time limit is a part of the task."
+            )
         super(ReplayBuffer, self).__init__(buffer_size, observation_space, action_space, device, n_envs=n_envs)
         self.buffer_size = max(buffer_size // n_envs, 2)
         self.optimize_memory_usage = optimize_memory_usage

@@ -206,11 +206,13 @@ class MODIP(OfflineToOnlineAlgorithm):
         """
         self.policy.set_training_mode(True)
         self._update_learning_rate(self._optimizers)
+        metrics: Metrics = {}
         for _ in range(gradient_steps):
-            due = self._n_updates % self.relabel_freq == 0 or len(self._label_buffer) == 0
-            if self.distill_from != "executed" and due:
-                self._relabel(batch_size)
-            metrics = self._update(self._sample_batch(batch_size), "online")
+            with self._skipping("train"):
+                due = self._n_updates % self.relabel_freq == 0 or len(self._label_buffer) == 0
+                if self.distill_from != "executed" and due:
+                    self._relabel(batch_size)
+                metrics = self._update(self._sample_batch(batch_size), "online")
             self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in metrics.items():
@@ -315,7 +317,9 @@ class MODIP(OfflineToOnlineAlgorithm):
         """Plan at states of the batch distribution and keep the chunks for the policy to clone."""
         obs = map_obs(lambda array: array[:, 0], self._sample_batch(num_states).observations)
         self.policy.set_training_mode(False)
-        plan = self.policy.plan(obs, deterministic=True)
-        self.policy.set_training_mode(True)
+        try:
+            plan = self.policy.plan(obs, deterministic=True)
+        finally:
+            self.policy.set_training_mode(True)
         self._label_buffer.add(map_obs(lambda array: array.cpu().numpy(), obs), plan.actions.cpu().numpy())
         self.logger.record("train/label_gain", (plan.value - plan.proposal_value).mean().item())

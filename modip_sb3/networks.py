@@ -217,7 +217,7 @@ class TwoHot(nn.Module):
         position = position.expand(logits.shape[:-1])[..., None]
         lower = position.floor().clamp(max=self.num_bins - 2)
         log_probs = F.log_softmax(logits, dim=-1)
-        index = lower.long()
+        index = lower.nan_to_num(nan=0.0).long()  # a target that is NaN gives NaN, not an index out of range
         low_log_prob, high_log_prob = log_probs.gather(-1, index), log_probs.gather(-1, index + 1)
         upper_weight = position - lower
         return -((1 - upper_weight) * low_log_prob + upper_weight * high_log_prob).squeeze(-1)

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from modip_sb3.buffers import SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_count, check_keywords, check_off_policy
 from modip_sb3.datasets import DatasetSources, OfflineDataset, fingerprint, holds_no_data, load_sources
+from modip_sb3.faults import FaultTolerantAlgorithm
 from modip_sb3.resume import ResumableAlgorithm
 from modip_sb3.weights import SafeWeights
 
@@ -40,7 +41,7 @@ def obs_blocks(datasets: Sequence[OfflineDataset]) -> Iterator[Any]:
             yield map_obs(lambda array, s=start: array[s : s + 10_000].copy(), dataset.observations)
 
 
-class OfflineDataAlgorithm(SafeWeights, ResumableAlgorithm):
+class OfflineDataAlgorithm(SafeWeights, FaultTolerantAlgorithm, ResumableAlgorithm):
     """
     An off-policy algorithm with replay buffers of offline data beside its own: one for each source, closed, and never
     saved with the model. A subclass sets ``offline_dataset`` in its constructor.

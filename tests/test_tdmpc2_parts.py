@@ -248,11 +248,9 @@ def test_actor_leaves_the_critics_alone_and_climbs_q() -> None:
 def test_scale_of_q() -> None:
     model = make_model(tau=0.25)
     values = th.arange(101.0)
-    model._update_q_scale(values[th.randperm(101)])
-    assert model.q_scale.item() == pytest.approx(1 + 0.25 * (90 - 1))  # the 95th and the 5th percentile are 95 and 5
-    model.q_scale.fill_(1.0)
-    model._update_q_scale(values / 1000)
-    assert model.q_scale.item() == 1.0
+    q_scale = model._next_q_scale(values[th.randperm(101)])
+    assert q_scale.item() == pytest.approx(1 + 0.25 * (90 - 1))  # the 95th and the 5th percentile are 95 and 5
+    assert model._next_q_scale(values / 1000).item() == 1.0
 
 
 def test_padding_changes_nothing() -> None:

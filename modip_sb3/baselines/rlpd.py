@@ -1,5 +1,7 @@
 """RLPD: SAC with prior data (Ball et al., "Efficient Online Reinforcement Learning with Offline Data", 2302.02948)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -32,6 +34,19 @@ from modip_sb3.offline import OfflineDataAlgorithm
 
 Metrics = dict[str, th.Tensor]
 SelfRLPD = TypeVar("SelfRLPD", bound="RLPD")
+
+
+@contextmanager
+def _finite_distribution() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        if "found invalid values" not in str(error):  # what torch says where the mean or the deviation is not finite
+            raise
+        raise FloatingPointError(
+            "The actor's distribution is not finite: the networks have diverged, or the observation was not finite; go "
+            "back to an earlier checkpoint or model, and lower learning_rate."
+        ) from error
 
 
 class LayerNormCritic(ContinuousCritic):
@@ -117,6 +132,10 @@ class RLPDPolicy(SACPolicy):
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> LayerNormCritic:
         critic_kwargs = self._update_features_extractor(self.critic_kwargs, features_extractor)
         return LayerNormCritic(**critic_kwargs).to(self.device)
+
+    def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
+        with _finite_distribution():
+            return super()._predict(observation, deterministic)
 
 
 class RLPDMultiInputPolicy(RLPDPolicy, MultiInputPolicy):
@@ -294,13 +313,14 @@ class RLPD(OfflineDataAlgorithm, SAC):
             optimizers.append(self.ent_coef_optimizer)
         self._update_learning_rate(optimizers)
         for _ in range(gradient_steps):
-            batch = self._sample_batch(batch_size)
-            metrics = self._update_critic(batch)
             self._n_updates += 1
-            if self._n_updates % self.policy_delay == 0:
-                metrics |= self._update_actor(batch)
-            for name, value in metrics.items():
-                self.logger.record_mean(f"train/{name}", value.item())
+            with self._skipping("train"):
+                batch = self._sample_batch(batch_size)
+                metrics = self._update_critic(batch)
+                if self._n_updates % self.policy_delay == 0:
+                    metrics |= self._update_actor(batch)
+                for name, value in metrics.items():
+                    self.logger.record_mean(f"train/{name}", value.item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
 
     def _sample_batch(self, batch_size: int) -> ReplayBufferSamples:
@@ -325,7 +345,8 @@ class RLPD(OfflineDataAlgorithm, SAC):
     def _update_critic(self, batch: ReplayBufferSamples) -> Metrics:
         assert batch.discounts is not None
         with th.no_grad():
-            next_actions, next_log_probs = self.actor.action_log_prob(batch.next_observations)
+            with _finite_distribution():
+                next_actions, next_log_probs = self.actor.action_log_prob(batch.next_observations)
             next_values = self.critic_target.random_subset(batch.next_observations, next_actions, self.n_target_critics)
             next_values = next_values.amin(1, keepdim=True)  # (B, 1)
             if self.backup_entropy:
@@ -333,26 +354,21 @@ class RLPD(OfflineDataAlgorithm, SAC):
             targets = batch.rewards + (1 - batch.dones) * batch.discounts * next_values
         q_values = th.cat(self.critic(batch.observations, batch.actions), dim=1)  # (B, E)
         loss = F.mse_loss(q_values, targets.expand_as(q_values))
-        self.critic.optimizer.zero_grad()
-        loss.backward()
-        self.critic.optimizer.step()
+        self._optimize(self.critic.optimizer, loss)
         polyak_update(self.critic.parameters(), self.critic_target.parameters(), self.tau)
         return {"critic_loss": loss.detach(), "q_mean": q_values.detach().mean()}
 
     def _update_actor(self, batch: ReplayBufferSamples) -> Metrics:
         """The actor towards the ensemble's mean, not its minimum; then the temperature."""
         weight = self._entropy_weight
-        actions, log_probs = self.actor.action_log_prob(batch.observations)
+        with _finite_distribution():
+            actions, log_probs = self.actor.action_log_prob(batch.observations)
         q_values = th.cat(self.critic(batch.observations, actions), dim=1).mean(1)
         loss = (weight * log_probs - q_values).mean()
-        self.actor.optimizer.zero_grad()
-        loss.backward()
-        self.actor.optimizer.step()
+        self._optimize(self.actor.optimizer, loss)
         metrics = {"actor_loss": loss.detach(), "ent_coef": weight}
         if self.ent_coef_optimizer is not None and self.log_ent_coef is not None:
             ent_coef_loss = -(self.log_ent_coef * (log_probs.detach() + float(self.target_entropy))).mean()
-            self.ent_coef_optimizer.zero_grad()
-            ent_coef_loss.backward()
-            self.ent_coef_optimizer.step()
+            self._optimize(self.ent_coef_optimizer, ent_coef_loss)
             metrics["ent_coef_loss"] = ent_coef_loss.detach()
         return metrics

@@ -233,8 +233,10 @@ class TDMPC2(OfflineToOnlineAlgorithm):
         self._update_learning_rate(self._optimizers)
         if self._n_updates == self._n_pretrain_updates == 0:
             gradient_steps = max(gradient_steps, self.learning_starts)
+        metrics: Metrics = {}
         for _ in range(gradient_steps):
-            metrics = self._update(self._sample_batch(batch_size), "online")
+            with self._skipping("train"):
+                metrics = self._update(self._sample_batch(batch_size), "online")
             self._n_updates += 1
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in metrics.items():
@@ -288,24 +290,27 @@ class TDMPC2(OfflineToOnlineAlgorithm):
         """The prior towards high Q, in units of its running range, and entropy, on the rollout's latents (eq. 5)."""
         policy = self.policy
         policy.critic.requires_grad_(False)  # only the actions' gradient is needed
-        actions, entropies = policy.actor(latents)
-        q_values = policy.critic(latents, actions, policy.random_pair()).mean(0)  # (B, H + 1)
-        policy.critic.requires_grad_(True)
-        self._update_q_scale(q_values[:, 0].detach())
+        try:
+            actions, entropies = policy.actor(latents)
+            q_values = policy.critic(latents, actions, policy.random_pair()).mean(0)  # (B, H + 1)
+        finally:  # or the critics would never learn again after a Ctrl-C
+            policy.critic.requires_grad_(True)
+        q_scale = self._next_q_scale(q_values[:, 0].detach())
         reached = th.cat([th.ones_like(mask[:, :1]), mask], dim=1)  # not after an episode's end
-        objective = q_values / self.q_scale + self.entropy_coef * entropies
+        objective = q_values / q_scale + self.entropy_coef * entropies
         loss = -(reached * self._decay(reached) * objective).sum() / reached.sum()
         self._optimize(self.actor_optimizer, loss)
+        self.q_scale.copy_(q_scale)
         return {
             "actor_loss": loss.detach(),
             "entropy": (reached * entropies.detach()).sum() / reached.sum(),
             "q_scale": self.q_scale,
         }
 
-    def _update_q_scale(self, q_values: th.Tensor) -> None:
+    def _next_q_scale(self, q_values: th.Tensor) -> th.Tensor:
         """The running range between the 5th and the 95th percentile of Q, at least 1."""
         low, high = th.quantile(q_values, q_values.new_tensor([0.05, 0.95]))
-        self.q_scale.lerp_((high - low).clamp(min=1.0), self.tau)
+        return self.q_scale.lerp((high - low).clamp(min=1.0), self.tau)
 
     def _decay(self, steps: th.Tensor) -> th.Tensor:
         """ρ^t for the columns of a tensor."""
