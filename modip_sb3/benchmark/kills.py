@@ -3,13 +3,15 @@ Trainings that are killed at random moments and resumed, beside the same trainin
 
     python -m modip_sb3.benchmark.kills --kills 50 --output runs/kills
 
-Networks are tiny and environments real. A kill is the system's SIGKILL: during the offline phase, during ``learn()``,
-or while a checkpoint is written. At the end every number has to be the same, to the last bit.
+Networks are tiny and environments real. A kill is the system's SIGKILL, or the SIGINT of a Ctrl-C: while the data or a
+checkpoint is read, during the offline phase, during ``learn()``, during an evaluation in it, or while a checkpoint is
+written. At the end every number has to be the same, to the last bit.
 """
 
 import argparse
 import json
 import multiprocessing
+import os
 import random
 import signal
 import sys
@@ -25,6 +27,7 @@ import torch as th
 from rich.console import Console
 from rich.table import Table
 from stable_baselines3.common.buffers import BaseBuffer
+from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import KVWriter, Logger
 
@@ -34,11 +37,12 @@ from modip_sb3.checkpoint import rng_state
 from modip_sb3.datasets import OfflineDataset, save_d4rl
 from modip_sb3.modip import MODIP
 from modip_sb3.resume import CheckpointCallback, find_checkpoint
-from modip_sb3.storage import UNFINISHED
 
 ENVS = ("Pendulum-v1", "Hopper-v5")
 UPDATES, STEPS, SAVE_FREQ = 60, 240, 24
-MOMENTS = ("offline", "online", "writing")
+MOMENTS = LOADING, OFFLINE, ONLINE, EVALUATING, WRITING = ("loading", "offline", "online", "evaluating", "writing")
+SIGNALS = (signal.SIGKILL, signal.SIGINT)
+INTERRUPTED = 130  # what a shell gives for a Ctrl-C
 _SMALL = {"batch_size": 8, "learning_starts": 20, "buffer_size": 200, "seed": 0, "device": "cpu"}  # the replay wraps
 _PLANNER = {"num_samples": 4, "num_elites": 2, "num_iterations": 1}
 _NETWORKS = {"latent_dim": 16, "num_proposals": 4}
@@ -72,6 +76,7 @@ class Training:
     folder: Path
     dataset: Path
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(MOMENTS, 0))
+    interrupts: int = 0
     survived: int = 0
     differences: list[str] = field(default_factory=list)
 
@@ -101,14 +106,25 @@ class _Lines(KVWriter):
 
 
 class _Watched(CheckpointCallback):
-    """Tells the process outside how far it is, and logs the losses of every step and of every seventh update."""
+    """Tells the process outside where it is, and logs the losses of every step and of every seventh update."""
 
-    def __init__(self, folder: Path, progress: Any) -> None:
+    def __init__(self, folder: Path, shared: Any) -> None:
         super().__init__(SAVE_FREQ, folder)
-        self.progress = progress
+        self.shared = shared
+
+    def save(self) -> None:
+        before, self.shared[1] = self.shared[1], MOMENTS.index(WRITING)
+        super().save()
+        self.shared[1] = before
+
+    def _on_rollout_start(self) -> None:
+        self.shared[1] = MOMENTS.index(ONLINE)
+        super()._on_rollout_start()
 
     def _on_step(self) -> bool:
-        self.progress.value = self._progress()
+        if not self.in_rollout:
+            self.shared[1] = MOMENTS.index(OFFLINE)
+        self.shared[0] = self._progress()
         if not self.in_rollout and self._progress() % 7 == 0:
             self.logger.dump(self._progress())
         return super()._on_step()
@@ -118,14 +134,45 @@ class _Watched(CheckpointCallback):
         super()._on_rollout_end()
 
 
-def train(training: Training, progress: Any) -> None:
+class _WatchedEvaluation(EvalCallback):
+    def __init__(self, env_id: str, n_envs: int, shared: Any) -> None:
+        env = make_vec_env(env_id, 1, seed=1, env_kwargs={"max_episode_steps": 20})
+        super().__init__(env, eval_freq=SAVE_FREQ // n_envs, n_eval_episodes=1, verbose=0)
+        self.shared = shared
+
+    def _on_step(self) -> bool:
+        before = self.shared[1]
+        if self.n_calls % self.eval_freq == 0:
+            self.shared[1] = MOMENTS.index(EVALUATING)
+        super()._on_step()
+        self.shared[1] = before
+        return True
+
+
+def work(training: Training, shared: Any) -> None:
+    """
+    The whole of a process.
+
+    :param training: what is trained
+    :param shared: as for :func:`train`
+    :raises SystemExit: after a Ctrl-C
+    """
+    try:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        train(training, shared)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+
+
+def train(training: Training, shared: Any) -> None:
     """
     Begin a training or go on with it, as a user's script does.
 
     :param training: what is trained, and where its files are
-    :param progress: a shared value: updates and environment steps so far
+    :param shared: updates and environment steps so far, and the index of what it is doing in :data:`MOMENTS`
     """
     th.set_num_threads(1)
+    shared[1] = MOMENTS.index(LOADING)
     algorithm, settings = ALGORITHMS[training.algo]
     folder = training.folder / "checkpoints"
     if find_checkpoint(folder):
@@ -135,13 +182,14 @@ def train(training: Training, progress: Any) -> None:
         env = make_vec_env(training.env, training.n_envs, seed=0)
         data = {"offline_dataset": str(training.dataset), "pretrain_steps": UPDATES}
         model = algorithm("MlpPolicy", env, planner_kwargs=_PLANNER, **data, **settings)
-    progress.value = model.num_timesteps + model._n_pretrain_updates
+    shared[0] = model.num_timesteps + model._n_pretrain_updates
     log = training.folder / f"log-{time.time_ns()}.jsonl"
     model.set_logger(Logger(str(training.folder), [_Lines(log)]))
-    callback = _Watched(folder, progress)
+    callback = _Watched(folder, shared)
     if training.explicit:
         model.pretrain(UPDATES, callback=callback)
-    model.learn(STEPS, callback=callback, log_interval=1)
+    evaluation = _WatchedEvaluation(training.env, training.n_envs, shared)
+    model.learn(STEPS, callback=[evaluation, callback], log_interval=1)
     result = training.folder / "unfinished.pt"
     th.save(contents(model), result)
     result.rename(training.folder / "result.pt")
@@ -159,7 +207,7 @@ def contents(model: Any) -> dict[str, Any]:
             parts[name] = vars(value)
         elif name in ("_chunk_state", "_last_obs", "q_scale", "num_timesteps", "_n_updates", "_n_pretrain_updates"):
             parts[name] = value
-    parts["episodes"] = [(info["r"], info["l"]) for info in model.ep_info_buffer]
+    parts["episodes"] = [(info["r"], info["l"]) for info in model.ep_info_buffer or ()]
     _flatten(parts, "", found)
     return found
 
@@ -184,12 +232,13 @@ def run(training: Training, moments: Sequence[str], rng: random.Random) -> None:
     :param rng: draws when
     """
     context = multiprocessing.get_context("fork")  # the imports take longer than the training
-    left = sorted(moments, key=lambda moment: (moment != "offline", rng.random()))
+    left = sorted(moments, key=lambda moment: (moment not in (LOADING, OFFLINE), rng.random()))
     while True:
-        progress = context.Value("q", 0, lock=False)
-        process = context.Process(target=train, args=(training, progress))
+        shared = context.Array("q", [0, -1], lock=False)
+        process = context.Process(target=work, args=(training, shared))
         process.start()
-        found = _kill(process, training, left[0], progress, rng, len(left)) if left else None
+        how = SIGNALS[len(left) % 2]
+        found = _kill(process, left[0], how, shared, rng, len(left)) if left else None
         process.join()
         if found is None:
             if process.exitcode != 0:
@@ -198,41 +247,26 @@ def run(training: Training, moments: Sequence[str], rng: random.Random) -> None:
             training.survived = sum(training.kills.values())
             return
         training.kills[found] += 1
+        training.interrupts += how == signal.SIGINT
         left.pop(0)
 
 
-def _kill(
-    process: Any, training: Training, moment: str, progress: Any, rng: random.Random, num_left: int
-) -> str | None:
+def _kill(process: Any, moment: str, how: signal.Signals, shared: Any, rng: random.Random, num_left: int) -> str | None:
     """Wait for a moment and kill the process; returns what it was in the middle of, or None if it ended before."""
-    unfinished = training.folder / "checkpoints" / UNFINISHED
-    left_over = _stamp(unfinished)  # by a process that was killed before
-
-    def is_writing() -> bool:
-        return _stamp(unfinished) not in (None, left_over)
-
-    start, end = (0, UPDATES) if moment == "offline" else (UPDATES, UPDATES + STEPS)
-    while progress.value < start and process.is_alive():
+    start, end = (UPDATES, UPDATES + STEPS) if moment in (ONLINE, EVALUATING, WRITING) else (0, UPDATES)
+    while process.is_alive() and (shared[1] == -1 or shared[0] < start):
         time.sleep(0.0005)
-    begin = max(progress.value, start)
+    begin = max(shared[0], start)
     target = begin + rng.random() * max(end - 1 - begin, 0) / num_left  # the others need their share
     while process.is_alive():
-        if progress.value >= target and (moment != "writing" or is_writing()):
-            time.sleep(rng.random() * 0.02)
-            process.kill()
+        if moment == LOADING or (shared[0] >= target and MOMENTS[shared[1]] == moment):
+            time.sleep(rng.random() * (0.1 if moment == LOADING else 0.02))
+            os.kill(process.pid, how)
             process.join()
-            if process.exitcode != -signal.SIGKILL:
-                return None
-            return "writing" if is_writing() else "offline" if progress.value < UPDATES else "online"
+            expected = -signal.SIGKILL if how == signal.SIGKILL else INTERRUPTED
+            return MOMENTS[shared[1]] if process.exitcode == expected else None
         time.sleep(0.0002)
     return None
-
-
-def _stamp(folder: Path) -> int | None:
-    try:
-        return folder.stat().st_ctime_ns
-    except FileNotFoundError:
-        return None
 
 
 def compare(training: Training, reference: Training) -> None:
@@ -280,17 +314,19 @@ def show(trainings: Sequence[Training], seconds: float) -> None:
     :param trainings: that were killed
     :param seconds: what it took
     """
-    table = Table("algorithm", "environment", "envs", *(f"killed {moment}" for moment in MOMENTS), "survived", "equal")
+    table = Table("algorithm", "environment", "envs", *MOMENTS, "by Ctrl-C", "survived", "equal")
     for each in trainings:
         equal = "yes" if not each.differences else f"no: {', '.join(each.differences[:3])}"
         counts = [str(each.kills[moment]) for moment in MOMENTS]
         survived = f"{each.survived} of {sum(each.kills.values())}"
-        table.add_row(each.algo, each.env, str(each.n_envs), *counts, survived, equal)
+        table.add_row(each.algo, each.env, str(each.n_envs), *counts, str(each.interrupts), survived, equal)
     console = Console()
     console.print(table)
     total, kept = sum(sum(each.kills.values()) for each in trainings), sum(each.survived for each in trainings)
     num_equal = sum(not each.differences for each in trainings)
-    console.print(f"{kept} of {total} kills survived, {num_equal} of {len(trainings)} trainings equal, {seconds:.0f} s")
+    interrupts = sum(each.interrupts for each in trainings)
+    console.print(f"{kept} of {total} kills survived, {interrupts} of them a Ctrl-C")
+    console.print(f"{num_equal} of {len(trainings)} trainings equal, {seconds:.0f} s")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
