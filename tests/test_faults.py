@@ -264,6 +264,19 @@ def test_an_environment_that_raises(algo: str, n_envs: int, tmp_path: Path) -> N
     assert_whole(with_the_same_env.learn(10, reset_num_timesteps=False))
 
 
+def test_returns_end_where_the_environment_broke() -> None:
+    model = make("RLPD", Faulty(breaks, 9), n_steps=3)
+    model.action_space.seed(0)
+    with pytest.raises(Broken):
+        model.learn(20)
+    buffer, broken = model.replay_buffer, model.replay_buffer.pos - 1
+    assert not buffer.dones[broken].any()
+    model.learn(10, reset_num_timesteps=False)
+    sample = buffer._get_samples(np.array([broken]))
+    assert sample.rewards.item() == pytest.approx(buffer.rewards[broken].item())
+    assert (sample.discounts.item(), sample.dones.item()) == (pytest.approx(model.gamma), 0)
+
+
 def assert_whole(model: Any) -> None:
     """Every step in the buffer is one that ``Walk`` makes."""
     buffer = model.replay_buffer

@@ -19,7 +19,7 @@ from stable_baselines3.sac.policies import MultiInputPolicy, SACPolicy
 from torch import nn
 from torch.nn import functional as F
 
-from modip_sb3.buffers import map_obs
+from modip_sb3.buffers import SequenceReplayBuffer, map_obs
 from modip_sb3.checks import (
     BUFFER_ARGUMENTS,
     check_count,
@@ -299,6 +299,15 @@ class RLPD(OfflineDataAlgorithm, SAC):
         """Act and learn, from online and offline data alike; see :meth:`SAC.learn`."""
         self._load_offline_data()
         return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
+
+    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
+        last_obs, buffer = self._last_obs, self.replay_buffer
+        result = super()._setup_learn(*args, **kwargs)
+        was_reset = self._last_obs is not last_obs
+        if was_reset and isinstance(buffer, NStepReplayBuffer) and not isinstance(buffer, SequenceReplayBuffer):
+            last = buffer.pos - 1  # or SB3's n-step returns would run on into the new episode
+            buffer.timeouts[last] = np.logical_or(buffer.timeouts[last], np.logical_not(buffer.dones[last]))
+        return result
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
