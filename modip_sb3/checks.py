@@ -42,11 +42,21 @@ def check_observation_space(observation_space: spaces.Space) -> None:
                 f"{name} is an image ({space}), but MODIP plans on state observations; encode the image into a vector "
                 "in an observation wrapper first."
             )
-        if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)):
-            raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
+        check_kind_of_space(name, space)
     if not any(math.prod(space.shape or ()) for space in members.values()):
         raise ValueError(f"The observation space {observation_space} holds no numbers, expected at least one.")
     check_one_hot(observation_space)
+
+
+def check_kind_of_space(name: str, space: spaces.Space, *others: type[spaces.Space]) -> None:
+    """
+    :param name: what errors call the space
+    :param space: an observation space, or one member of a Dict
+    :param others: kinds beside those that become plain vectors
+    :raises ValueError: for other kinds, such as sequences and texts
+    """
+    if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, *others)):
+        raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
 
 
 def check_one_hot(observation_space: spaces.Space) -> None:

@@ -32,7 +32,7 @@ def check_given(what: str, values: Any, step: int, env: int | None = None) -> No
     """
     for key, given in values.items() if isinstance(values, dict) else [(None, values)]:
         rows = np.asarray(given) if env is None else np.asarray(given)[None]
-        finite = np.abs(rows) <= LARGEST
+        finite = np.abs(rows.astype(np.float64)) <= LARGEST
         if not finite.all():
             row = int(np.argmin(finite.reshape(len(rows), -1).all(1)))
             name = what if key is None else f"{what} {key!r}"

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch as th
 from episodes import make_arrays
+from hypothesis import HealthCheck, settings
 
 from modip_sb3 import MODIP
 
@@ -18,6 +19,13 @@ SMALL_POLICY = {
     "num_inference_steps": 2,
 }
 SMALL_PLANNER = {"num_samples": 4, "num_elites": 2, "num_iterations": 1}
+
+# Of generated input, the same few examples in every run; --hypothesis-profile=full tries over a thousand others
+settings.register_profile(
+    "quick", max_examples=8, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("full", settings.get_profile("quick"), max_examples=80, derandomize=False)
+settings.load_profile("quick")
 
 
 @pytest.fixture(autouse=True, scope="session")

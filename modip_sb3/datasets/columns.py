@@ -23,7 +23,7 @@ def unkeyed(parts: dict[str, Any]) -> Any:
 
 def key_names(parts: Mapping[str, Any]) -> str:
     """The keys of ``by_key`` in a sentence."""
-    return "none (one array)" if parts.keys() == {""} else str(sorted(parts))
+    return "none (one array)" if parts.keys() == {""} else str(sorted(parts, key=str))
 
 
 def stored_dtype(dtype: np.dtype) -> np.dtype:
@@ -36,20 +36,29 @@ def blocks(rows: int) -> Iterator[slice]:
     return (slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK))
 
 
-def as_array(values: Any) -> Any:
-    """An array, or what is still to be read from an HDF5 file."""
-    return values if isinstance(values, h5py.Dataset | h5py.Group) else np.asarray(values)
+def as_array(values: Any, name: str = "columns") -> Any:
+    """An array, or what is still to be read from an HDF5 file; ``name`` is what errors call it."""
+    if isinstance(values, h5py.Dataset | h5py.Group):
+        return values
+    try:
+        return np.asarray(values)
+    except ValueError as error:
+        raise ValueError(
+            f"Offline dataset: {name} are nested lists of different lengths, expected one row of the same shape per "
+            "step; put episodes one after another."
+        ) from error
 
 
 def named(name: str, observations: Any) -> dict[str, Any]:
     """Observations under the names that errors call them: ``name``, or ``name['key']`` for each key."""
-    return {f"{name}{key and f'[{key!r}]'}": as_array(values) for key, values in by_key(observations).items()}
+    names = {f"{name}{key and f'[{key!r}]'}": values for key, values in by_key(observations).items()}
+    return {full_name: as_array(values, full_name) for full_name, values in names.items()}
 
 
 def named_columns(observations: Any, actions: Any, rewards: Any, terminations: Any, truncations: Any) -> dict[str, Any]:
     """The five columns that have one row per transition, under the names that errors call them."""
     rest = {"actions": actions, "rewards": rewards, "terminations": terminations, "truncations": truncations}
-    return named("observations", observations) | {name: as_array(values) for name, values in rest.items()}
+    return named("observations", observations) | {name: as_array(values, name) for name, values in rest.items()}
 
 
 def check_numbers(columns: dict[str, Any], source: str) -> None:

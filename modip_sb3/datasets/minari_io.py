@@ -64,8 +64,9 @@ def _explained(source: str | PathLike[str]) -> Iterator[None]:
     """Whatever Minari, JSON and HDF5 raise on damaged files, in one sentence."""
     try:
         yield
-    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(f"Minari dataset {source}: cannot be read ({error}); fetch or write it again.") from error
+    except (OSError, KeyError, ValueError, TypeError, IndexError, AssertionError) as error:
+        reason = str(error) or "its episodes are not as they should be"
+        raise ValueError(f"Minari dataset {source}: cannot be read ({reason}); fetch or write it again.") from error
 
 
 def _minari_folder(path: Path) -> Path | None:
@@ -135,6 +136,9 @@ def _episodes(dataset: minari.MinariDataset, obs_keys: Sequence[str] | None) -> 
     indices = dataset.episode_indices
     parts = (indices[start : start + EPISODES_AT_A_TIME] for start in range(0, len(indices), EPISODES_AT_A_TIME))
     for episode in chain.from_iterable(map(dataset.iterate_episodes, parts)):  # each part opens the file anew
+        for name in ("terminations", "truncations"):
+            if (dtype := getattr(episode, name).dtype).kind != "b":
+                raise ValueError(f"{name} hold values of type {dtype}, expected bool")
         truncations = episode.truncations.copy()
         truncations[-1] |= not episode.terminations[-1]
         ends = episode.terminations | truncations

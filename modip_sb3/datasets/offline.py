@@ -63,6 +63,10 @@ class OfflineDataset:
     def __post_init__(self) -> None:
         columns = named_columns(self.observations, self.actions, self.rewards, self.terminations, self.truncations)
         check_columns(columns, self.source)
+        for name in ("terminations", "truncations"):
+            flags = getattr(self, name)
+            if not (isinstance(flags, np.ndarray) and flags.dtype.kind == "b"):
+                self._fail(f"{name} are no array of bool; let OfflineDataset.from_arrays make it one")
         ends = self.terminations | self.truncations
         if not ends[-1] or np.any(self.terminations & self.truncations):
             self._fail(

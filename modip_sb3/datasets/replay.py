@@ -76,7 +76,11 @@ def _chunks(buffer: ReplayBuffer, rows: np.ndarray, env: int, space: spaces.Box)
 
 
 def _observations(buffer: ReplayBuffer, rows: np.ndarray, env: int, name: str = "observations") -> Any:
-    return unkeyed({key: values[rows, env] for key, values in by_key(getattr(buffer, name)).items()})
+    space: Any = buffer.observation_space
+    parts = by_key(space.spaces if isinstance(space, spaces.Dict) else space)
+    columns = by_key(getattr(buffer, name))
+    # SB3 keeps a discrete observation, which is one number, as a vector of one
+    return unkeyed({key: values[rows, env].reshape(-1, *parts[key].shape) for key, values in columns.items()})
 
 
 def _breaks(buffer: ReplayBuffer, rows: np.ndarray, env: int) -> np.ndarray:

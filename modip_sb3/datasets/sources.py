@@ -98,12 +98,13 @@ def load_source(source: DatasetSource) -> OfflineDataset:
     if isinstance(source, ReplayBuffer):
         return read_replay_buffer(source)
     if _has_options(source):
-        return _load_with_options(**source)
+        return _load_with_options(source)
     if isinstance(source, Mapping):
-        missing, unknown = _REQUIRED - source.keys(), source.keys() - _REQUIRED - _OPTIONAL
+        missing = sorted(_REQUIRED - source.keys())
+        unknown = sorted(source.keys() - _REQUIRED - _OPTIONAL, key=str)
         if missing or unknown:
             raise ValueError(
-                f"Offline dataset given as a mapping: lacks {sorted(missing)} and has unknown {sorted(unknown)}; "
+                f"Offline dataset given as a mapping: lacks {missing} and has unknown {unknown}; "
                 f"expected {sorted(_REQUIRED)} and optionally {sorted(_OPTIONAL)}, or 'dataset' and options."
             )
         return OfflineDataset.from_arrays(**source)
@@ -115,11 +116,13 @@ def load_source(source: DatasetSource) -> OfflineDataset:
     return _load_path(source)
 
 
-def _load_with_options(dataset: Any, **options: Any) -> OfflineDataset:
-    unknown = options.keys() - _FILTERS - _READING
+def _load_with_options(source: Mapping[str, Any]) -> OfflineDataset:
+    dataset = source["dataset"]
+    options = {name: value for name, value in source.items() if name != "dataset"}
+    unknown = sorted(options.keys() - _FILTERS - _READING, key=str)
     if unknown:
         raise ValueError(
-            f"Offline dataset {{'dataset': {_short(dataset)}, ...}}: has unknown options {sorted(unknown)}; expected "
+            f"Offline dataset {{'dataset': {_short(dataset)}, ...}}: has unknown options {unknown}; expected "
             f"some of {sorted(_FILTERS | _READING)}, and 'weight' where several are given."
         )
     keys = {name: value for name, value in options.items() if name in _READING}
