@@ -9,13 +9,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, get_actor_critic_arch
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from torch import nn
 
 from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolicy
 from modip_sb3.buffers import map_obs
 from modip_sb3.checks import check_choice, check_count, check_keywords
 from modip_sb3.critics import ValueEnsemble
-from modip_sb3.diffusion import DiffusionModel, GaussianModel, MLPDenoiser, UNetDenoiser
+from modip_sb3.denoisers import Denoiser, MLPDenoiser, UNetDenoiser
+from modip_sb3.diffusion import DiffusionModel, GaussianModel
 from modip_sb3.networks import RunningNormalizer
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.world_model import WorldModel
@@ -118,7 +118,7 @@ class DiffusionPolicy(ActingPolicy):
     def _make_actor(self, condition_dim: int, net_arch: Sequence[int]) -> DiffusionModel | GaussianModel:
         if self.proposal == "gaussian":
             return GaussianModel(self.chunk_shape, condition_dim, net_arch)
-        denoiser: nn.Module
+        denoiser: Denoiser
         if self.denoiser_name == "unet":
             denoiser = UNetDenoiser(self.action_dim, condition_dim, net_arch)
         else:

@@ -189,6 +189,9 @@ def _buildable(path: str | PathLike[str]) -> Iterator[None]:
     """
     try:
         yield
+    except ValueError as error:  # a sentence of its own
+        error.add_note(f"The policy is described in {path}; what is given in policy_kwargs replaces its settings.")
+        raise
     except _MISFITS as error:
         raise ValueError(
             f"{path} describes a policy that cannot be built ({_shown(error)}); save it again with the version of "

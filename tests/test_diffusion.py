@@ -9,7 +9,9 @@ import pytest
 import torch as th
 from torch import nn
 
-from modip_sb3.diffusion import DiffusionModel, GaussianModel, MLPDenoiser, UNetDenoiser
+from modip_sb3.denoisers import Denoiser, MLPDenoiser, UNetDenoiser
+from modip_sb3.diffusion import DiffusionModel, GaussianModel
+from modip_sb3.schedulers import closed_form
 
 Kind = Literal["mlp", "unet"]
 SCHEDULERS = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler"]
@@ -17,7 +19,7 @@ PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 both_kinds = pytest.mark.parametrize("kind", ["mlp", "unet"])
 
 
-def make_denoiser(kind: Kind, chunk_shape: tuple[int, int], condition_dim: int) -> nn.Module:
+def make_denoiser(kind: Kind, chunk_shape: tuple[int, int], condition_dim: int) -> Denoiser:
     if kind == "unet":
         return UNetDenoiser(chunk_shape[1], condition_dim, [16])
     return MLPDenoiser(chunk_shape, condition_dim, [64, 64])
@@ -28,10 +30,13 @@ def make_model(kind: Kind, chunk_shape: tuple[int, int] = (3, 2), **kwargs: Any)
     return DiffusionModel(make_denoiser(kind, chunk_shape, 4), chunk_shape, **kwargs)
 
 
-class Half(nn.Module):
+class Half(Denoiser):
     """Predicts half of each noisy action, looking at no other."""
 
-    def forward(self, noisy_actions: th.Tensor, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
+    def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
+        return timesteps
+
+    def denoise(self, noisy_actions: th.Tensor, embedding: th.Tensor) -> th.Tensor:
         return 0.5 * noisy_actions
 
 
@@ -145,6 +150,37 @@ def test_sampling_is_a_plain_diffusers_loop(kind: Kind, name: str, num_inference
             chunks = scheduler.step(noise, timestep, chunks).prev_sample
     th.manual_seed(1)
     th.testing.assert_close(model.sample(condition), chunks.clamp(-1, 1))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"clip_sample": False},
+        {"clip_sample_range": 0.3},
+        {"set_alpha_to_one": False},
+        {"timestep_spacing": "leading"},
+    ],
+    ids=str,
+)
+def test_ddim_in_closed_form_is_its_scheduler(prediction_type: str, settings: dict[str, Any]) -> None:
+    config = {"num_train_timesteps": 20, "beta_schedule": "squaredcos_cap_v2", "prediction_type": prediction_type}
+    scheduler: Any = diffusers.DDIMScheduler(**config, **settings)
+    steps = closed_form(scheduler, 7)
+    assert steps is not None
+    theirs = ours = th.randn(5, 3, 2, generator=th.Generator().manual_seed(0))
+    scheduler.set_timesteps(7)
+    for step, timestep in zip(steps, scheduler.timesteps, strict=True):
+        theirs = scheduler.step(th.sin(3 * theirs), timestep, theirs).prev_sample
+        ours = step(ours, th.sin(3 * ours))
+        th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler", "DDIMParallelScheduler"])
+def test_other_schedulers_have_no_closed_form(name: str) -> None:
+    assert closed_form(getattr(diffusers, name)(), 5) is None
+    assert closed_form(diffusers.DDIMScheduler(thresholding=True), 5) is None
 
 
 @both_kinds

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "modip_sb3"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 BLOCKS = {"networks", "checks", "storage"}
-PARTS = {"diffusion", "world_model", "critics", "planner", "buffers", "datasets", "env_state"}
+PARTS = {"denoisers", "schedulers", "diffusion", "world_model", "critics", "planner", "buffers", "datasets"}
+PARTS |= {"env_state"}
 ON_THE_PARTS = {"acting", "policies", "offline", "weights", "base", "modip", "baselines", "envs"}
 ON_THE_PARTS |= {"checkpoint", "faults", "resume"}
 ON_TOP = {"evaluation", "benchmark", "zoo", "video", "__init__"}
@@ -29,7 +30,7 @@ def allowed_imports(room: str) -> set[str]:
     if room in BLOCKS:
         return set()
     if room in PARTS:
-        return BLOCKS
+        return BLOCKS | {"diffusion": {"denoisers", "schedulers"}}.get(room, set())
     if room in ON_THE_PARTS:
         return BLOCKS | PARTS | ON_THE_PARTS - {"modip": {"baselines"}, "baselines": {"modip"}}.get(room, set())
     return BLOCKS | PARTS | ON_THE_PARTS | ON_TOP

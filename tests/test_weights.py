@@ -348,11 +348,11 @@ def test_descriptions_that_cannot_be_read(description: Any, tmp_path: Path) -> N
         ("optimizer_class", {"class": ["os.system"]}, ["os.system", "not imported"]),
         ("sample_scheduler", "DiffusionPipeline", ["'DiffusionPipeline' is not a scheduler"]),
         ("denoiser", "transformer", ["denoiser='transformer' is unknown"]),
-        ("net_arch", "deep", ["a policy that cannot be built"]),
-        ("net_arch", {"pi": [-3], "qf": [16]}, ["a policy that cannot be built"]),
+        ("net_arch", "deep", ["net_arch='deep' is no list of widths"]),
+        ("net_arch", {"pi": [-3], "qf": [16]}, ["net_arch['pi'][0]=-3"]),
         ("latent_dim", 2**60, ["a policy that cannot be built"]),
-        ("latent_dim", None, ["a policy that cannot be built"]),
-        ("unknown", 1, ["a policy that cannot be built", "unknown"]),
+        ("latent_dim", None, ["latent_dim=None is no whole number"]),
+        ("unknown", 1, ["unknown ['unknown']"]),
         ("planner_kwargs", [1], ["a policy that cannot be built"]),
         ("planner_kwargs", {}, ["a policy that cannot be built", "gamma"]),
     ],
@@ -366,6 +366,7 @@ def test_policies_that_cannot_be_built(name: str, value: Any, parts: list[str], 
     assert "\n" not in str(error.value)
     for part in parts:
         assert part in str(error.value)
+    assert str(path) in "".join([str(error.value), *getattr(error.value, "__notes__", [])])
 
 
 @every_algorithm
