@@ -3,6 +3,7 @@ Algorithms side by side: the same environments, budget, evaluations and offline 
 
     python -m modip_sb3.benchmark run --suite hopper --algos diffusion_bc sac modip --seeds 0 1 2 --output runs/bench
     python -m modip_sb3.benchmark report runs/bench
+    python -m modip_sb3.benchmark speed
 
 ``run`` goes on where it was stopped or killed when it is called again, and never repeats a finished run.
 """
@@ -65,6 +66,13 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, help="folder of the runs")
     report.add_argument("--out", type=Path, help="folder of the report; RUNS/report by default")
     report.add_argument("--baseline", help="whom the probability of improvement compares with")
+    speed = commands.add_parser("speed", help="how fast the code is, as ratios measured in turns")
+    speed.set_defaults(command=measure_speed)
+    speed.add_argument("--rows", nargs="+", metavar="ROW", help="P1 to P10; all by default")
+    speed.add_argument("--repeats", type=int, default=9, help="measurements of each function")
+    speed.add_argument("--threads", type=int, default=2)
+    speed.add_argument("--device", default="cpu")
+    speed.add_argument("--output", type=Path, help="folder for speed.json")
     return parser
 
 
@@ -103,6 +111,25 @@ def write_report(args: argparse.Namespace) -> int:
     from modip_sb3.benchmark.report import write
 
     write(args.runs, args.out or args.runs / "report", args.baseline)
+    return 0
+
+
+def measure_speed(args: argparse.Namespace) -> int:
+    """
+    :param args: of ``speed``
+    :return: exit code
+    :raises ValueError: if there is no such row
+    """
+    import torch as th
+
+    from modip_sb3.benchmark.speed.report import measure
+    from modip_sb3.benchmark.speed.rows import ROWS
+    from modip_sb3.benchmark.speed.timing import Clock
+
+    if unknown := [row for row in args.rows or () if row not in ROWS]:
+        raise ValueError(f"--rows has unknown {unknown}; choose from {list(ROWS)}.")
+    th.set_num_threads(args.threads)
+    measure(args.rows or list(ROWS), Clock(args.device, args.repeats), args.output, Console())
     return 0
 
 
