@@ -15,7 +15,7 @@ from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.preprocessing import is_image_space
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, CombinedExtractor
 from stable_baselines3.common.type_aliases import TrainFreq
 
 BUFFER_ARGUMENTS = ("buffer_size", "observation_space", "action_space", "device", "n_envs", "optimize_memory_usage")
@@ -35,6 +35,7 @@ def check_observation_space(observation_space: spaces.Space) -> None:
     :param observation_space: the environment's observation space
     :raises ValueError: for images, for nested dictionaries, for nothing to see, and as :func:`check_one_hot` does
     """
+    check_kinds_of_space(observation_space)
     members = _members(observation_space)
     for name, space in members.items():
         if is_image_space(space) or (isinstance(space, spaces.Box) and len(space.shape) >= 3):
@@ -42,21 +43,20 @@ def check_observation_space(observation_space: spaces.Space) -> None:
                 f"{name} is an image ({space}), but MODIP plans on state observations; encode the image into a vector "
                 "in an observation wrapper first."
             )
-        check_kind_of_space(name, space)
     if not any(math.prod(space.shape or ()) for space in members.values()):
         raise ValueError(f"The observation space {observation_space} holds no numbers, expected at least one.")
     check_one_hot(observation_space)
 
 
-def check_kind_of_space(name: str, space: spaces.Space, *others: type[spaces.Space]) -> None:
+def check_kinds_of_space(observation_space: spaces.Space) -> None:
     """
-    :param name: what errors call the space
-    :param space: an observation space, or one member of a Dict
-    :param others: kinds beside those that become plain vectors
-    :raises ValueError: for other kinds, such as sequences and texts
+    :param observation_space: the environment's observation space
+    :raises ValueError: for what is no vector, such as sequences and texts; nested dictionaries SB3 refuses itself
     """
-    if not isinstance(space, (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary, *others)):
-        raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
+    for name, space in _members(observation_space).items():
+        vectors = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+        if not isinstance(space, (*vectors, spaces.Dict)):
+            raise ValueError(f"{name} space {space} is not supported; expected a Box or a Dict of Box spaces.")
 
 
 def check_one_hot(observation_space: spaces.Space) -> None:
@@ -242,9 +242,8 @@ def check_subclass(name: str, value: Any, parent: type) -> None:
 def _check_extractor(features_extractor_class: Any, features_extractor_kwargs: Any) -> None:
     if features_extractor_class is not None:
         check_subclass("features_extractor_class", features_extractor_class, BaseFeaturesExtractor)
-    check_keywords(
-        "features_extractor_kwargs", features_extractor_kwargs, features_extractor_class, "observation_space"
-    )
+    cls = features_extractor_class or CombinedExtractor
+    check_keywords("features_extractor_kwargs", features_extractor_kwargs, cls, "observation_space")
 
 
 def _check_optimizer(optimizer_class: Any, optimizer_kwargs: Any) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from gymnasium import spaces
 
 from modip_sb3.buffers import SequenceReplayBuffer, map_obs
-from modip_sb3.checks import check_count, check_keywords, check_kind_of_space, check_off_policy
+from modip_sb3.checks import check_count, check_keywords, check_kinds_of_space, check_off_policy
 from modip_sb3.datasets import DatasetSources, OfflineDataset, fingerprint, holds_no_data, load_sources
 from modip_sb3.faults import FaultTolerantAlgorithm
 from modip_sb3.resume import ResumableAlgorithm
@@ -57,7 +57,7 @@ class OfflineDataAlgorithm(SafeWeights, FaultTolerantAlgorithm, ResumableAlgorit
         check_count(0, verbose=kwargs.get("verbose", 0))
         env = args[1] if len(args) > 1 else kwargs.get("env")
         if isinstance(env, gym.Env):  # before SB3 wraps it
-            check_kind_of_space("The observation", env.observation_space, spaces.Dict)
+            check_kinds_of_space(env.observation_space)
         super().__init__(*args, **kwargs)
         check_off_policy(self)
 

@@ -16,7 +16,7 @@ import strategies as settings_of
 import strategies_data as data_of
 from algorithms import ALGORITHMS, every_algorithm, random_data
 from gymnasium import spaces
-from hypothesis import event, given, note, settings
+from hypothesis import assume, event, given, note, settings
 from hypothesis import strategies as st
 from stable_baselines3.common.vec_env import DummyVecEnv
 
@@ -84,6 +84,7 @@ def test_contradictions(drawn: tuple[str, dict[str, Any]]) -> None:
 
 @given(st.sampled_from(list(ALGORITHMS)), data_of.BAD_ENVIRONMENTS)
 def test_bad_spaces(algo: str, env: data_of.Episodes) -> None:
+    assume(algo != "RLPD" or "255" not in str(env.observation_space))  # SAC, from which it is derived, takes images
     offline = {"offline_dataset": {}} if algo == "DiffusionBC" else {}  # is looked at later
     refused(lambda: build(algo, env, **offline).learn(1), env, type(env.observation_space).__name__)
 

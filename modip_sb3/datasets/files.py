@@ -36,11 +36,11 @@ def open_hdf5(path: str | PathLike[str]) -> Iterator[h5py.File]:
 def explained(path: str | PathLike[str]) -> Iterator[None]:
     """
     :param path: what is read within
-    :raises ValueError: for what h5py raises on a bad signature, a truncated file or a damaged chunk
+    :raises ValueError: for what h5py raises on a bad signature, a truncated file, a damaged chunk or a dangling link
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, KeyError) as error:
         raise ValueError(
             f"Offline dataset {path}: cannot be read as HDF5 ({error}), "
             "expected a whole HDF5 file; fetch or write it again."

@@ -139,6 +139,8 @@ def _episodes(dataset: minari.MinariDataset, obs_keys: Sequence[str] | None) -> 
         for name in ("terminations", "truncations"):
             if (dtype := getattr(episode, name).dtype).kind != "b":
                 raise ValueError(f"{name} hold values of type {dtype}, expected bool")
+        if (steps := len(episode.terminations)) != len(episode.truncations):
+            raise ValueError(f"found {steps} terminations and {len(episode.truncations)} truncations of an episode")
         truncations = episode.truncations.copy()
         truncations[-1] |= not episode.terminations[-1]
         ends = episode.terminations | truncations
