@@ -245,7 +245,7 @@ def bad_arrays(draw: st.DrawFn, env: gym.Env) -> Arrays:
     elif fault == "finals":
         last = first_part(data["observations"])
         data = {k: v for k, v in data.items() if k != "next_observations"}
-        data |= {"final_observations": draw(st.sampled_from([last[:0], last, last[:1, :1], "none", [[1], [2, 3]]]))}
+        data |= {"final_observations": draw(st.sampled_from([last[:0], last, last[..., None], "none", [[1], [2, 3]]]))}
     elif fault == "missing":
         data.pop(draw(st.sampled_from(COLUMNS)))
     elif fault == "unknown":

@@ -31,6 +31,8 @@ from modip_sb3.datasets.columns import (
 DatasetSource: TypeAlias = Union["OfflineDataset", ReplayBuffer, str, PathLike[str], Mapping[str, Any]]
 DatasetSources: TypeAlias = DatasetSource | Sequence[DatasetSource]
 
+_LARGEST = 1e15  # sums of the squares of larger numbers are infinite in float32
+
 
 @dataclass(frozen=True, eq=False)
 class OfflineDataset:
@@ -282,11 +284,15 @@ class OfflineDataset:
     def _check_finite(self, name: str, array: np.ndarray) -> None:
         flat = array.reshape(-1)
         size = 1_000_000  # numbers at a time, so that no mask of the whole is needed
-        faults = [s + np.flatnonzero(~np.isfinite(flat[s : s + size])) for s in range(0, flat.size, size)]
+        faults = [
+            s + np.flatnonzero(~(np.abs(flat[s : s + size], dtype=np.float64) <= _LARGEST))
+            for s in range(0, flat.size, size)
+        ]
         if count := sum(map(len, faults)):
             first = np.unravel_index(np.concatenate(faults)[0], array.shape)
             self._fail(
-                f"{name} hold {count} NaN or infinite values, the first at {list(map(int, first))}, "
+        starts = range(0, flat.size, size)
+        faults = [s + np.flatnonzero(~(np.abs(flat[s : s + size], dtype=np.float64) <= _LARGEST)) for s in starts]
                 "expected finite numbers; repair the data or drop its episode"
             )
 
