@@ -291,9 +291,8 @@ class OfflineDataset:
         if count := sum(map(len, faults)):
             first = np.unravel_index(np.concatenate(faults)[0], array.shape)
             self._fail(
-        starts = range(0, flat.size, size)
-        faults = [s + np.flatnonzero(~(np.abs(flat[s : s + size], dtype=np.float64) <= _LARGEST)) for s in starts]
-                "expected finite numbers; repair the data or drop its episode"
+                f"{name} hold {count} NaN or infinite values (or beyond ±{_LARGEST:g}), the first at "
+                f"{list(map(int, first))}, expected finite numbers; repair the data or drop its episode"
             )
 
     def _check_bounds(self, action_space: spaces.Box) -> None:
