@@ -317,7 +317,7 @@ def damage(draw: st.DrawFn, path: Path, skip: tuple[str, ...] = ()) -> str:
     with h5py.File(path, "r+") as file:
         found: list[str] = []
         file.visititems(lambda name, item: found.append(name) if isinstance(item, h5py.Dataset) else None)
-        name = draw(st.sampled_from(sorted(name for name in found if name.split("/")[-1] not in skip)))
+        name = draw(st.sampled_from(sorted(name for name in found if not {*name.split("/")} & {*skip})))
         values = file[name][()]
         del file[name]
         kind = draw(st.sampled_from(["removed", "text", "group", "length", "scalar", "nan", "dangling"]))

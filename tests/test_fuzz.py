@@ -121,7 +121,7 @@ SAVE = {
     "minari": lambda dataset, folder: save_minari(dataset, "fuzz-v0", BOX_ENV, folder),
 }
 # what is missed by nobody: optional, written for others, or about other things
-UNREAD = {"d4rl": ("next_observations",), "robomimic": ("terminals", "dones"), "minari": ()}
+UNREAD = {"d4rl": ("next_observations",), "robomimic": ("terminals", "dones", "next_obs"), "minari": ()}
 
 
 @pytest.mark.parametrize("form", SAVE)

@@ -97,7 +97,10 @@ def _low_dim_keys(demo: h5py.Group, obs_keys: Sequence[str] | None) -> list[str]
             f"{_name(demo)} has {sorted(demo)} and no 'obs'; extract observations with robomimic's "
             "dataset_states_to_obs.py first"
         )
-    shapes = {key: values.shape[1:] for key, values in demo["obs"].items()}
+    arrays = {key: values for key, values in demo["obs"].items() if isinstance(values, h5py.Dataset)}
+    shapes = {key: values.shape[1:] for key, values in arrays.items()}
+    if not shapes:
+        raise ValueError(f"{_name(demo)} has no arrays under 'obs', expected at least one")
     low_dim = [key for key, shape in shapes.items() if len(shape) <= 1]
     if obs_keys is None:
         return default_obs_keys(low_dim)
@@ -113,7 +116,7 @@ def _low_dim_keys(demo: h5py.Group, obs_keys: Sequence[str] | None) -> list[str]
 def _count_steps(demo: h5py.Group, keys: list[str]) -> int:
     required = ["actions", "rewards", "dones", *(f"obs/{key}" for key in keys)]
     required += [f"next_obs/{key}" for key in keys if "next_obs" in demo]
-    missing = [key for key in required if key not in demo]
+    missing = [key for key in required if not isinstance(demo.get(key), h5py.Dataset)]
     if missing:
         raise ValueError(f"{_name(demo)} lacks {missing}, found {sorted(demo)}")
     lengths = {key: len(demo[key]) for key in required}
