@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 
 from modip_sb3.denoisers import Denoiser
-from modip_sb3.schedulers import closed_form, make_schedulers
+from modip_sb3.schedulers import DDIMStep, closed_form, make_schedulers
 
 
 class _Echo(Denoiser):
@@ -121,13 +121,19 @@ class DiffusionModel(nn.Module):
         fixed = noise is not None
         if noise is None:
             noise = th.randn(len(condition), *self.chunk_shape, device=condition.device)
-        if self.steps is None:
-            return self._sample_by_scheduler(condition, noise, fixed).clamp(-1, 1)
+        with self.denoiser.sampling():
+            if self.steps is None:
+                chunks = self._sample_by_scheduler(condition, noise, fixed)
+            else:
+                chunks = self._sample_in_closed_form(condition, noise, self.steps)
+        return chunks.clamp(-1, 1)
+
+    def _sample_in_closed_form(self, condition: th.Tensor, noise: th.Tensor, steps: list[DDIMStep]) -> th.Tensor:
         embeddings = self.denoiser.embed(self.timesteps[:, None], condition)  # (K, B, E)
         chunks = noise
-        for step, embedding in zip(self.steps, embeddings, strict=True):
+        for step, embedding in zip(steps, embeddings, strict=True):
             chunks = step(chunks, self.denoiser.denoise(chunks, embedding))
-        return chunks.clamp(-1, 1)
+        return chunks
 
     def _sample_by_scheduler(self, condition: th.Tensor, noise: th.Tensor, fixed: bool) -> th.Tensor:
         scheduler, extra = self.sample_scheduler, {}

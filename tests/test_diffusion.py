@@ -9,7 +9,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from modip_sb3.denoisers import Denoiser, MLPDenoiser, UNetDenoiser
+from modip_sb3.denoisers import Denoiser, MLPDenoiser, ShortConv1d, UNetDenoiser
 from modip_sb3.diffusion import DiffusionModel, GaussianModel
 from modip_sb3.schedulers import closed_form
 
@@ -57,6 +57,35 @@ def test_mlp_keeps_the_shape(length: int, net_arch: list[int]) -> None:
     chunks = th.randn(5, length, 3)
     outputs = MLPDenoiser((length, 3), 4, net_arch)(chunks, th.arange(5), th.randn(5, 4))
     assert outputs.shape == chunks.shape and outputs.isfinite().all()
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 9])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_short_convolution_is_a_convolution(length: int, kernel_size: int, bias: bool) -> None:
+    conv = nn.Conv1d(6, 5, kernel_size, padding=(kernel_size - 1) // 2, bias=bias)
+    short, inputs = ShortConv1d.of(conv), th.randn(3, 6, length)
+    th.testing.assert_close(short(inputs), conv(inputs))
+    short.dense = True
+    with th.no_grad():
+        for part in (inputs, inputs[..., :1], inputs):  # another length needs another matrix
+            th.testing.assert_close(short(part), conv(part), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("net_arch", [[16], [16, 24]], ids=str)
+def test_while_sampling_the_unet_is_the_same_network(net_arch: list[int]) -> None:
+    denoiser = UNetDenoiser(2, 4, net_arch)
+    arguments = th.randn(6, 5, 2), th.arange(6), th.randn(6, 4)
+    with th.no_grad():
+        expected = denoiser(*arguments)
+        with denoiser.sampling():
+            th.testing.assert_close(denoiser(*arguments), expected, rtol=1e-4, atol=1e-5)
+        for parameter in denoiser.parameters():
+            parameter.add_(0.01)  # which a matrix that is kept would not know
+        changed = denoiser(*arguments)
+        assert not th.allclose(changed, expected)
+        with denoiser.sampling():
+            th.testing.assert_close(denoiser(*arguments), changed, rtol=1e-4, atol=1e-5)
 
 
 def test_mlp_needs_equal_widths() -> None:

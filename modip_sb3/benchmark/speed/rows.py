@@ -107,7 +107,8 @@ def sampling(clock: Clock) -> Iterator[Row]:
         for batch_size, goal in goals.items():
             condition = th.randn(batch_size, 11, device=clock.device)
             noise = th.randn(batch_size, *actor.chunk_shape, device=clock.device)
-            th.testing.assert_close(actor.sample(condition, noise), plain_sample(actor, condition, noise))
+            ours, plain = actor.sample(condition, noise), plain_sample(actor, condition, noise)
+            th.testing.assert_close(ours, plain, rtol=1e-3, atol=1e-3)
             value, details = clock.ratio(
                 partial(plain_sample, actor, condition, noise), partial(actor.sample, condition, noise)
             )
