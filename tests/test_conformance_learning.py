@@ -301,7 +301,7 @@ def test_other_wrappers(algo: str, wrap: Callable[[VecEnv], VecEnv]) -> None:
 def test_hindsight(algo: str) -> None:
     env = BitFlippingEnv(n_bits=3, continuous=True)
     if algo != "RLPD":
-        with pytest.raises(ValueError, match="HerReplayBuffer cannot sample sequences"):
+        with pytest.raises(ValueError, match="HerReplayBuffer is no class derived from SequenceReplayBuffer"):
             make(algo, env, replay_buffer_class=HerReplayBuffer)
     else:
         assert make(algo, env, replay_buffer_class=HerReplayBuffer, learning_starts=10).learn(20)._n_updates > 0
