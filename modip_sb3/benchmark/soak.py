@@ -22,6 +22,7 @@ import psutil
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.monitor import Monitor
 
 from modip_sb3.benchmark.plots import plot_lines
 from modip_sb3.benchmark.settings import default_dataset
@@ -84,7 +85,7 @@ def train(output: Path, seconds: float, every: float) -> None:
         device="cpu",
     )
     checkpoints = CheckpointCallback(5000, output / "checkpoints")
-    evaluations = EvalCallback(gym.make(ENV), eval_freq=2500, log_path=str(output), verbose=0)
+    evaluations = EvalCallback(Monitor(gym.make(ENV)), eval_freq=2500, log_path=str(output), verbose=0)
     with (output / "memory.csv").open("w", newline="") as file:
         watch = MemoryCallback(file, seconds, every)
         model.learn(sys.maxsize, callback=CallbackList([watch, checkpoints, evaluations]), log_interval=100)
