@@ -113,7 +113,7 @@ def plot_lines(x: np.ndarray, lines: Mapping[str, np.ndarray], xlabel: str, ylab
     for name, values in lines.items():
         axes.plot(x, values, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * max(values.max() for values in lines.values()))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     _save(figure, path)
