@@ -42,7 +42,7 @@ class ShortConv1d(nn.Conv1d):
             return super().forward(inputs)
         if self.matrix is None or len(self.matrix) != self.in_channels * length:
             self.matrix = self._make_matrix(length)
-        outputs = (inputs.flatten(1) @ self.matrix).view(len(inputs), -1, length)
+        outputs = (inputs.flatten(1) @ self.matrix).unflatten(1, (-1, length))
         return outputs if self.bias is None else outputs.add_(self.bias[:, None])
 
     def _make_matrix(self, length: int) -> th.Tensor:
@@ -79,7 +79,8 @@ def _adapt(module: Any) -> None:
 class Denoiser(nn.Module):
     """
     Predicts the noise, the velocity or the clean actions. What does not depend on the noisy actions is a step of its
-    own, :meth:`embed`, so that sampling does it once for all of its steps.
+    own, :meth:`embed`, so that sampling does it once for all of its steps. Which operations are done may follow from
+    shapes, not from values: sampling records them.
     """
 
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
@@ -99,8 +100,12 @@ class Denoiser(nn.Module):
         raise NotImplementedError
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """Parameters stay as they are within: what follows from them alone may be kept from call to call."""
+    def sampling(self, batch_size: int) -> Iterator[None]:
+        """
+        Parameters stay as they are within: what follows from them alone may be kept from call to call.
+
+        :param batch_size: of all calls; only between one and more than one may the operations differ
+        """
         yield
 
     def forward(self, noisy_actions: th.Tensor, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
@@ -145,10 +150,10 @@ class UNetDenoiser(Denoiser):
         self.condition_channels = nn.Linear(condition_dim, channels[0])
 
     @contextmanager
-    def sampling(self) -> Iterator[None]:
+    def sampling(self, batch_size: int) -> Iterator[None]:
         convolutions = [module for module in self.unet.modules() if isinstance(module, ShortConv1d)]
         for convolution in convolutions:
-            convolution.dense = True
+            convolution.dense = batch_size > 1  # for a single chunk the matrix takes longer to make than it saves
         try:
             yield
         finally:

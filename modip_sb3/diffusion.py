@@ -1,14 +1,18 @@
 """Generative models of action chunks: the denoising loss, and sampling over any diffusers scheduler."""
 
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch as th
 from torch import nn
+from torch.jit import optimized_execution  # type: ignore[attr-defined]
 
 from modip_sb3.denoisers import Denoiser
-from modip_sb3.schedulers import DDIMStep, closed_form, make_schedulers
+from modip_sb3.schedulers import closed_form, make_schedulers
+
+TRACE_AFTER = 32  # calls; making the trace takes as long as some twenty of them
 
 
 class _Echo(Denoiser):
@@ -57,6 +61,8 @@ class DiffusionModel(nn.Module):
                 f"num_train_timesteps={num_train_timesteps}."
             )
         self.num_inference_steps = num_inference_steps
+        self._num_samples = 0
+        self._traces: dict[bool, Callable[[th.Tensor, th.Tensor], th.Tensor]] = {}
         self.denoiser: Denoiser = _Echo()
         self._try_schedulers()
         self.denoiser = denoiser
@@ -121,19 +127,38 @@ class DiffusionModel(nn.Module):
         fixed = noise is not None
         if noise is None:
             noise = th.randn(len(condition), *self.chunk_shape, device=condition.device)
-        with self.denoiser.sampling():
+        with self.denoiser.sampling(len(noise)):
             if self.steps is None:
                 chunks = self._sample_by_scheduler(condition, noise, fixed)
+            elif self._num_samples < TRACE_AFTER or condition.device.type != "cpu":
+                chunks = self._sample_in_closed_form(condition, noise)
             else:
-                chunks = self._sample_in_closed_form(condition, noise, self.steps)
+                chunks = self._sample_by_trace(condition, noise)
+        self._num_samples += 1
         return chunks.clamp(-1, 1)
 
-    def _sample_in_closed_form(self, condition: th.Tensor, noise: th.Tensor, steps: list[DDIMStep]) -> th.Tensor:
+    def _sample_in_closed_form(self, condition: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        assert self.steps is not None
         embeddings = self.denoiser.embed(self.timesteps[:, None], condition)  # (K, B, E)
         chunks = noise
-        for step, embedding in zip(steps, embeddings, strict=True):
+        for step, embedding in zip(self.steps, embeddings.unbind(), strict=True):
             chunks = step(chunks, self.denoiser.denoise(chunks, embedding))
         return chunks
+
+    def _sample_by_trace(self, condition: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        """The same operations on the same parameters, recorded once: without Python between them."""
+        single = len(noise) == 1  # for which the denoiser may do other operations
+        if single not in self._traces:
+            method, example = "_sample_in_closed_form", (condition, noise)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # TorchScript is deprecated; torch.compile needs a compiler and minutes
+                traced = th.jit.trace_module(self, {method: example}, check_trace=False)
+            self._traces[single] = getattr(traced, method)
+        with optimized_execution(False):  # else the last bits of the numbers differ
+            return self._traces[single](condition, noise)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_traces": {}}  # they can be neither copied nor pickled
 
     def _sample_by_scheduler(self, condition: th.Tensor, noise: th.Tensor, fixed: bool) -> th.Tensor:
         scheduler, extra = self.sample_scheduler, {}

@@ -27,20 +27,20 @@ class SimNorm(nn.Module):
 
 
 class _FastMish(th.autograd.Function):
-    """Mish from one exponential: tanh(log(1 + e^x)) = n / (n + 2) with n = e^x (e^x + 2)."""
+    """Mish from one exponential, that of σ = sigmoid(x): tanh(softplus(x)) = t / (2 - t) with t = σ (2 - σ)."""
 
     @staticmethod
     def forward(ctx: Any, inputs: th.Tensor) -> th.Tensor:
-        exponential = inputs.clamp(max=20.0).exp_()  # from there on the tanh is 1
-        numerator = (exponential + 2).mul_(exponential)
-        tanh = numerator.div_(numerator + 2)
+        sigmoid = th.sigmoid(inputs)
+        tanh = th.rsub(sigmoid, 2).mul_(sigmoid)
+        tanh.div_(th.rsub(tanh, 2))
         ctx.save_for_backward(inputs, tanh)
         return inputs * tanh
 
     @staticmethod
     def backward(ctx: Any, *gradients: th.Tensor) -> th.Tensor:
         inputs, tanh = ctx.saved_tensors
-        slope = th.sigmoid(inputs).mul_(inputs)  # of x tanh(softplus(x)): tanh + x sigmoid(x) (1 - tanh²)
+        slope = th.sigmoid(inputs).mul_(inputs)  # of x tanh(softplus(x)): tanh + x σ (1 - tanh²)
         return slope.addcmul_(slope, tanh * tanh, value=-1).add_(tanh).mul_(gradients[0])
 
 

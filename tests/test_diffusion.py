@@ -1,6 +1,8 @@
 """The generative models: against plain diffusers, by hand, and on a distribution with two modes."""
 
 import functools
+import pickle
+from copy import deepcopy
 from typing import Any, Literal
 
 import diffusers
@@ -9,6 +11,7 @@ import pytest
 import torch as th
 from torch import nn
 
+from modip_sb3 import diffusion
 from modip_sb3.denoisers import Denoiser, MLPDenoiser, ShortConv1d, UNetDenoiser
 from modip_sb3.diffusion import DiffusionModel, GaussianModel
 from modip_sb3.schedulers import closed_form
@@ -78,13 +81,13 @@ def test_while_sampling_the_unet_is_the_same_network(net_arch: list[int]) -> Non
     arguments = th.randn(6, 5, 2), th.arange(6), th.randn(6, 4)
     with th.no_grad():
         expected = denoiser(*arguments)
-        with denoiser.sampling():
+        with denoiser.sampling(6):
             th.testing.assert_close(denoiser(*arguments), expected, rtol=1e-4, atol=1e-5)
         for parameter in denoiser.parameters():
             parameter.add_(0.01)  # which a matrix that is kept would not know
         changed = denoiser(*arguments)
         assert not th.allclose(changed, expected)
-        with denoiser.sampling():
+        with denoiser.sampling(6):
             th.testing.assert_close(denoiser(*arguments), changed, rtol=1e-4, atol=1e-5)
 
 
@@ -204,6 +207,23 @@ def test_ddim_in_closed_form_is_its_scheduler(prediction_type: str, settings: di
         theirs = scheduler.step(th.sin(3 * theirs), timestep, theirs).prev_sample
         ours = step(ours, th.sin(3 * ours))
         th.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@both_kinds
+def test_the_trace_that_takes_over_gives_the_same_numbers(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(kind)
+    batches = [(th.randn(size, 4), th.randn(size, 3, 2)) for size in (2, 1, 5, 1)]
+    for _ in range(2):  # the second time with other parameters
+        monkeypatch.setattr(diffusion, "TRACE_AFTER", 1_000)
+        expected = [model.sample(*batch) for batch in batches]
+        monkeypatch.setattr(diffusion, "TRACE_AFTER", 0)
+        assert all(model.sample(*batch).equal(chunks) for batch, chunks in zip(batches, expected, strict=True))
+        assert set(model._traces) == {True, False}
+        for parameter in model.parameters():
+            parameter.data += 0.01
+    assert not model.sample(*batches[0]).equal(expected[0])
+    for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert copy.sample(*batches[0]).equal(model.sample(*batches[0]))
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler", "DDIMParallelScheduler"])
