@@ -1,6 +1,7 @@
 """The clock and the rows of the speed benchmark."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -8,7 +9,8 @@ import pytest
 import torch as th
 
 from modip_sb3.benchmark.__main__ import main
-from modip_sb3.benchmark.speed.rows import Row
+from modip_sb3.benchmark.speed.before import NOW, Worker
+from modip_sb3.benchmark.speed.rows import ENV, Row
 from modip_sb3.benchmark.speed.timing import Clock, _Products
 
 
@@ -70,5 +72,37 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = json.loads((tmp_path / "out" / "speed.json").read_text())
     assert [row["number"] for row in content["rows"]] == ["P2"]
     assert content["rows"][0]["value"] > 1
-    with pytest.raises(SystemExit, match=r"unknown \['P99'\]; choose from"):
-        main(["speed", "--rows", "P99"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--rows", "P99"], r"unknown \['P99'\]; choose from \['P1', .*'P10'\]"),
+        (["--rows", "P9"], r"\['P9'\] compare with an older checkout: name one by --before"),
+        (
+            ["--rows", "P10", "--before", "nowhere"],
+            "nowhere is no checkout of this project: it has no",
+        ),
+    ],
+)
+def test_bad_commands(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(SystemExit, match=sentence):
+        main(["speed", *arguments])
+
+
+def test_workers_run_the_package_of_their_checkout(tmp_path: Path) -> None:
+    arguments = ("--env", ENV, "--size", "1", "--threads", "1", "--device", "cpu")
+    older = tmp_path / "older"
+    shutil.copytree(NOW / "modip_sb3", older / "modip_sb3")
+    for folder in ("examples", "zoo_configs"):
+        (older / folder).symlink_to(NOW / folder)
+    worker = Worker(older, *arguments)
+    worker.work()
+    worker.process.kill()
+    worker.process.wait()
+    with pytest.raises((ChildProcessError, BrokenPipeError)):
+        worker.work()
+    worker.close()
+    (older / "modip_sb3" / "baselines" / "tdmpc2.py").unlink()
+    with pytest.raises(ValueError, match=r"older cannot do the work of work\.py"):
+        Worker(older, *arguments)

@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -66,14 +67,19 @@ def make_parser() -> argparse.ArgumentParser:
     report.add_argument("runs", type=Path, help="folder of the runs")
     report.add_argument("--out", type=Path, help="folder of the report; RUNS/report by default")
     report.add_argument("--baseline", help="whom the probability of improvement compares with")
+    _add_speed(commands)
+    return parser
+
+
+def _add_speed(commands: Any) -> None:
     speed = commands.add_parser("speed", help="how fast the code is, as ratios measured in turns")
     speed.set_defaults(command=measure_speed)
-    speed.add_argument("--rows", nargs="+", metavar="ROW", help="P1 to P10; all by default")
+    speed.add_argument("--rows", nargs="+", metavar="ROW", help="P1 to P10; by default all but the demo, P9")
+    speed.add_argument("--before", type=Path, metavar="CHECKOUT", help="older checkout that P9 and P10 compare with")
     speed.add_argument("--repeats", type=int, default=9, help="measurements of each function")
     speed.add_argument("--threads", type=int, default=2)
     speed.add_argument("--device", default="cpu")
     speed.add_argument("--output", type=Path, help="folder for speed.json")
-    return parser
 
 
 def run_benchmark(args: argparse.Namespace) -> int:
@@ -118,18 +124,16 @@ def measure_speed(args: argparse.Namespace) -> int:
     """
     :param args: of ``speed``
     :return: exit code
-    :raises ValueError: if there is no such row
+    :raises ValueError: if there is no such row or checkout
     """
     import torch as th
 
-    from modip_sb3.benchmark.speed.report import measure
-    from modip_sb3.benchmark.speed.rows import ROWS
+    from modip_sb3.benchmark.speed.report import choose, measure
     from modip_sb3.benchmark.speed.timing import Clock
 
-    if unknown := [row for row in args.rows or () if row not in ROWS]:
-        raise ValueError(f"--rows has unknown {unknown}; choose from {list(ROWS)}.")
+    rows = choose(args.rows, args.before)
     th.set_num_threads(args.threads)
-    measure(args.rows or list(ROWS), Clock(args.device, args.repeats), args.output, Console())
+    measure(rows, Clock(args.device, args.repeats), args.output, Console())
     return 0
 
 
