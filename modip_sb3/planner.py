@@ -13,13 +13,16 @@ PLANNER_ARGUMENTS = ("model", "propose", "terminal_value")  # of MPPI, which are
 
 
 class LatentModel(Protocol):
-    """What the planner needs of a model; all tensors have a flat batch dimension N."""
+    """What the planner needs of a model, as :class:`~modip_sb3.world_model.WorldModel` has it."""
 
-    def next(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor: ...
+    def rollout(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """``(N, Z), (N, H, A) -> (N, H + 1, Z)``"""
 
-    def reward(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor: ...
+    def reward(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        """``(N, H, Z), (N, H, A) -> (N, H)``"""
 
-    def terminated(self, latents: th.Tensor) -> th.Tensor: ...
+    def terminated(self, latents: th.Tensor) -> th.Tensor:
+        """``(N, H, Z) -> (N, H)``"""
 
 
 class Plan(NamedTuple):
@@ -135,18 +138,14 @@ class MPPI:
         :param candidates: action sequences ``(B, N, H, A)``
         :return: their scores under the model ``(B, N)``
         """
-        batch_size, num_candidates, horizon, _ = candidates.shape
-        states = latents.repeat_interleave(num_candidates, dim=0)  # (B * N, Z)
-        discount = th.ones(len(states), device=latents.device)
-        scores = th.zeros_like(discount)
-        for actions in candidates.flatten(0, 1).unbind(1):
-            scores = scores + discount * self.model.reward(states, actions)
-            states = self.model.next(states, actions)
-            discount = discount * self.gamma * (1 - self.model.terminated(states))
-        terminal_values = self.terminal_value(states)  # (E, B * N)
-        spread = terminal_values.std(0, correction=0)
-        scores = scores + discount * (terminal_values.mean(0) - self.pessimism * spread)
-        return scores.view(batch_size, num_candidates)
+        actions = candidates.flatten(0, 1)  # (B * N, H, A)
+        states = self.model.rollout(latents.repeat_interleave(candidates.shape[1], dim=0), actions)
+        rewards = self.model.reward(states[:, :-1], actions)  # (B * N, H)
+        discounts = (self.gamma * (1 - self.model.terminated(states[:, 1:]))).cumprod(1)
+        terminal_values = self.terminal_value(states[:, -1])  # (E, B * N)
+        value = terminal_values.mean(0) - self.pessimism * terminal_values.std(0, correction=0)
+        scores = rewards[:, 0] + (discounts * th.cat([rewards[:, 1:], value[:, None]], dim=1)).sum(1)
+        return scores.view(candidates.shape[:2])
 
     def _bounds(self, proposals: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         if self.trust_region is None:

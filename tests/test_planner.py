@@ -29,11 +29,17 @@ class LinearQuadratic:
     def next(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return latents @ self.A.T + actions @ self.B.T
 
+    def rollout(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        states = [latents]
+        for step_actions in actions.unbind(1):
+            states.append(self.next(states[-1], step_actions))
+        return th.stack(states, dim=1)
+
     def reward(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
         return -((latents @ self.Q) * latents).sum(-1) - ((actions @ self.R) * actions).sum(-1)
 
     def terminated(self, latents: th.Tensor) -> th.Tensor:
-        return th.zeros(len(latents))
+        return th.zeros(latents.shape[:-1])
 
     def value(self, latents: th.Tensor) -> th.Tensor:
         return -((latents @ self.P) * latents).sum(-1)[None]
@@ -45,14 +51,14 @@ class Corridor:
     def __init__(self, end: float) -> None:
         self.end = end
 
-    def next(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return latents + actions
+    def rollout(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
+        return th.cat([latents[:, None], latents[:, None] + actions.cumsum(1)], dim=1)
 
     def reward(self, latents: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        return actions[:, 0]
+        return actions[..., 0]
 
     def terminated(self, latents: th.Tensor) -> th.Tensor:
-        return self.end * (latents[:, 0] > 1).float()
+        return self.end * (latents[..., 0] > 1).float()
 
 
 SYSTEM = LinearQuadratic()
