@@ -1,5 +1,6 @@
 """The clock and the rows of the speed benchmark."""
 
+import csv
 import json
 import shutil
 import time
@@ -9,7 +10,7 @@ import pytest
 import torch as th
 
 from modip_sb3.benchmark.__main__ import main
-from modip_sb3.benchmark.speed.before import NOW, Worker
+from modip_sb3.benchmark.speed.before import NOW, Worker, run_demo
 from modip_sb3.benchmark.speed.rows import ENV, Row
 from modip_sb3.benchmark.speed.timing import Clock, _Products
 
@@ -106,3 +107,12 @@ def test_workers_run_the_package_of_their_checkout(tmp_path: Path) -> None:
     (older / "modip_sb3" / "baselines" / "tdmpc2.py").unlink()
     with pytest.raises(ValueError, match=r"older cannot do the work of work\.py"):
         Worker(older, *arguments)
+
+
+def test_the_demo_is_timed_and_its_gain_read(tmp_path: Path) -> None:
+    budget = "--pretrain 2 --clone 2 --bc-gap 2 --timesteps 104 --episodes 2 --curve-episodes 1 --eval-freq 52".split()
+    seconds, gain = run_demo(NOW, tmp_path / "out", *budget)
+    with open(tmp_path / "out" / "mlp.csv") as file:
+        returns = {(row["stage"], row["inference"]): float(row["mean"]) for row in csv.DictReader(file)}
+    assert gain == returns["modip", "planner"] / returns["bc", "policy"]
+    assert seconds > 0

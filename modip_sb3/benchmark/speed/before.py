@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch as th
@@ -87,24 +86,29 @@ def tdmpc2(before: Path, clock: Clock) -> Iterator[Row]:
 
 def demo(before: Path, clock: Clock) -> Iterator[Row]:
     """P9: the demo, before and now, once: half an hour or more."""
+    runs = (("before", before), ("now", NOW))
     with tempfile.TemporaryDirectory() as folder:
-        seconds, gains = zip(*map(partial(_run_demo, Path(folder)), (before, NOW)), strict=True)
+        seconds, gains = zip(*(run_demo(checkout, Path(folder, name)) for name, checkout in runs), strict=True)
     names = ("before_s", "now_s", "before_gain", "now_gain")
     details = dict(zip(names, (*seconds, *gains), strict=True))
     yield Row("P9", "the demo, without the installation: now ÷ before", seconds[1] / seconds[0], 0.6, True, details)
 
 
-def _run_demo(folder: Path, checkout: Path) -> tuple[float, float]:
-    """Wall time in seconds, and the return of policy + planner over that of BC."""
+def run_demo(checkout: Path, output: Path, *arguments: str) -> tuple[float, float]:
+    """
+    :param checkout: whose demo is run with its package
+    :param output: folder that the demo writes to
+    :param arguments: further ones of the demo
+    :return: wall time in seconds, and the return of policy + planner over that of BC
+    :raises subprocess.CalledProcessError: if the demo fails
+    """
     script = checkout.resolve() / "examples" / "finetune_hopper.py"
-    output = folder / f"{checkout.resolve().name}-{len(list(folder.iterdir()))}"
     start = time.perf_counter()
     subprocess.run(
-        [sys.executable, str(script), "--output", str(output)],
+        [sys.executable, str(script), "--output", str(output), *arguments],
         env=_environment(checkout),
         cwd=checkout,
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
         check=True,
     )
     seconds = time.perf_counter() - start
