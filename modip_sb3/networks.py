@@ -205,7 +205,7 @@ class TwoHot(nn.Module):
         :param logits: ``(..., num_bins)``
         :return: the expected scalar ``(...)``
         """
-        symlog = F.softmax(logits, dim=-1) @ self.bins
+        symlog = (F.softmax(logits, dim=-1) * self.bins).sum(-1)
         return symlog.sign() * th.expm1(symlog.abs())
 
     def cross_entropy(self, logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
