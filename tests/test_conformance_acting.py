@@ -30,9 +30,10 @@ def test_predict_of_one_and_of_several_observations(algo: str, kind: str) -> Non
     assert model.action_space.contains(actions[0])
     action, _ = model.predict(rows_of(obs, 1), deterministic=True)
     assert isinstance(action, np.ndarray) and action.shape == (2,) and action.dtype == np.float32
-    np.testing.assert_allclose(action, actions[1], atol=1e-4)  # float32, summed in another order
+    # float32 sums in another order, which the UNet's first denoising step, from almost pure noise, amplifies
+    np.testing.assert_allclose(action, actions[1], atol=1e-4 if algo == "DiffusionBC" else 1e-5)
     again, _ = model.predict(obs, state, np.ones(3, bool), deterministic=True)
-    np.testing.assert_allclose(again, actions, atol=1e-4)
+    np.testing.assert_allclose(again, actions, atol=1e-5)
     np.testing.assert_array_equal(model.policy.predict(obs, deterministic=True)[0], actions)
 
 

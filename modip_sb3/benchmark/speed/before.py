@@ -1,6 +1,5 @@
 """This code against an older checkout of it, each in processes of its own."""
 
-import csv
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch as th
 
 import modip_sb3
+from modip_sb3.benchmark.runs import read_rows
 from modip_sb3.benchmark.speed.rows import ENV, Row
 from modip_sb3.benchmark.speed.timing import Clock
 
@@ -72,7 +72,6 @@ def tdmpc2(before: Path, clock: Clock) -> Iterator[Row]:
     """P10: a step of TD-MPC2, before and now."""
     for size in (1, 5):
         arguments = ["--env", ENV, "--size", str(size), "--device", str(clock.device)]
-        arguments += ["--threads", str(th.get_num_threads())]
         workers: list[Worker] = []
         try:
             workers += [Worker(before, *arguments)]
@@ -112,8 +111,8 @@ def run_demo(checkout: Path, output: Path, *arguments: str) -> tuple[float, floa
         check=True,
     )
     seconds = time.perf_counter() - start
-    with open(next(output.glob("*.csv"))) as file:
-        returns = {(row["stage"], row["inference"]): float(row["mean"]) for row in csv.DictReader(file)}
+    rows = read_rows(next(output.glob("*.csv")))
+    returns = {(row["stage"], row["inference"]): float(row["mean"]) for row in rows}
     return seconds, returns["modip", "planner"] / returns["bc", "policy"]
 
 

@@ -12,9 +12,9 @@ import torch as th
 from stable_baselines3 import SAC
 from stable_baselines3.common.buffers import ReplayBuffer
 
-from modip_sb3.baselines import TDMPC2
 from modip_sb3.benchmark.settings import default_dataset
 from modip_sb3.benchmark.speed.timing import Clock
+from modip_sb3.benchmark.speed.work import make_steps
 from modip_sb3.buffers import SequenceReplayBuffer
 from modip_sb3.diffusion import TRACE_AFTER, DiffusionModel
 from modip_sb3.modip import MODIP
@@ -234,18 +234,9 @@ def replay(clock: Clock, size: int = 1_000_000) -> Iterator[Row]:
 def tdmpc2(clock: Clock) -> Iterator[Row]:
     """P10: TD-MPC2's plan and update against their matrix products."""
     for size in (1, 5):
-        model = TDMPC2("MlpPolicy", ENV, model_size=size, seed=0, device=clock.device, termination_head=True)
-        model.offline_dataset = default_dataset(ENV)
-        model._load_offline_data()
-        obs, _ = model.policy.obs_to_tensor(model.observation_space.sample()[None])
-        warm_start = th.zeros(1, model.policy.horizon, model.policy.action_dim, device=clock.device)
-        model.policy.set_training_mode(False)
-        share, details = clock.matmul_share(partial(model.policy.plan, obs, warm_start))
-        yield Row("P10", f"TD-MPC2, size {size}: FLOP/s of a plan ÷ of its products", share, details=details)
-        model.policy.set_training_mode(True)
-        batch = model._sample_offline(model.batch_size, model.sequence_length)
-        share, details = clock.matmul_share(partial(model._update, batch, "offline"))
-        yield Row("P10", f"TD-MPC2, size {size}: FLOP/s of an update ÷ of its products", share, details=details)
+        for name, function in zip(("a plan", "an update"), make_steps(ENV, size, str(clock.device)), strict=True):
+            share, details = clock.matmul_share(function)
+            yield Row("P10", f"TD-MPC2, size {size}: FLOP/s of {name} ÷ of its products", share, details=details)
 
 
 ROWS: dict[str, Callable[[Clock], Iterator[Row]]] = {
