@@ -188,21 +188,19 @@ class ResidualBlock(nn.Module):
     Two linear layers around a skip connection, modulated by an embedding.
 
     :param width: number of features
-    :param embedding_dim: size of the embedding
     """
 
-    def __init__(self, width: int, embedding_dim: int):
+    def __init__(self, width: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.first = nn.Linear(width, width)
-        self.embedding = nn.Linear(embedding_dim, width)
+        self.first = nn.Linear(width, width, bias=False)
         self.second = nn.Linear(width, width)
         self.activation = nn.SiLU()
 
     def forward(self, inputs: th.Tensor, shift: th.Tensor) -> th.Tensor:
         """
         :param inputs: ``(B, width)``
-        :param shift: what the embedding and both biases of the first layers add ``(B, width)``
+        :param shift: what the embedding adds to the first layer ``(B, width)``
         :return: ``(B, width)``
         """
         hidden = th.addmm(shift, self.norm(inputs), self.first.weight.T)
@@ -233,24 +231,20 @@ class MLPDenoiser(Denoiser):
         width = net_arch[0] if net_arch else chunk_dim
         embedding_dim = time_embedding_dim + condition_dim
         self.time_embedding = Timesteps(time_embedding_dim, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.input = nn.Linear(chunk_dim + embedding_dim, width)
-        self.blocks: Any = nn.ModuleList([ResidualBlock(width, embedding_dim) for _ in net_arch])
+        self.input = nn.Linear(chunk_dim, width, bias=False)
+        self.embedding = nn.Linear(embedding_dim, width * (1 + len(net_arch)))  # for the input and for each block
+        self.blocks: Any = nn.ModuleList([ResidualBlock(width) for _ in net_arch])
         self.output = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, chunk_dim))
 
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
         time = self.time_embedding(timesteps.flatten()).view(*timesteps.shape, -1)
-        layers = [self.input, *(block.embedding for block in self.blocks)]
-        biases = [self.input.bias, *(block.embedding.bias + block.first.bias for block in self.blocks)]
-        embedding_dim = time.shape[-1] + condition.shape[-1]
-        weight = th.cat([layer.weight[:, -embedding_dim:] for layer in layers])
-        of_time, of_condition = weight.split([time.shape[-1], condition.shape[-1]], dim=1)
+        of_time, of_condition = self.embedding.weight.split([time.shape[-1], condition.shape[-1]], dim=1)
         linear = nn.functional.linear
-        return linear(time, of_time) + linear(condition, of_condition, th.cat(biases))
+        return linear(time, of_time) + linear(condition, of_condition, self.embedding.bias)
 
     def denoise(self, noisy_actions: th.Tensor, embedding: th.Tensor) -> th.Tensor:
-        flat = noisy_actions.flatten(1)
-        first, *shifts = embedding.chunk(len(self.blocks) + 1, dim=-1)
-        hidden = th.addmm(first, flat, self.input.weight[:, : flat.shape[1]].T)
+        first, *shifts = embedding.chunk(1 + len(self.blocks), dim=-1)
+        hidden = th.addmm(first, noisy_actions.flatten(1), self.input.weight.T)
         for block, shift in zip(self.blocks, shifts, strict=True):
             hidden = block(hidden, shift)
         return self.output(hidden).view_as(noisy_actions)
