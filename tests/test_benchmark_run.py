@@ -140,6 +140,17 @@ def test_overrides() -> None:
     }
 
 
+def test_variants_are_the_algorithm_with_settings_of_their_own(tmp_path: Path) -> None:
+    more = ("modip@slow.train_freq:8", "modip@slow.batch_size:4")
+    runs = planned([*command(tmp_path, "modip", more=more), "--algos", "modip", "modip@slow"])
+    assert [run_folder.path.parent.name for run_folder in runs] == ["modip", "modip@slow"]
+    plain, slow = (run_folder.read_settings() for run_folder in runs)
+    assert (plain["hyperparameters"]["batch_size"], slow["hyperparameters"]["batch_size"]) == (8, 4)
+    assert slow["hyperparameters"] == plain["hyperparameters"] | {"train_freq": 8, "batch_size": 4}
+    assert slow["hyperparameters_from"] == plain["hyperparameters_from"]
+    assert slow["deterministic"] is plain["deterministic"] is False
+
+
 def test_threads_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_settings, "count_cores", lambda: 8)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -152,6 +163,12 @@ def test_threads_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> No
     ("arguments", "sentence"),
     [
         (["--algos", "nodip", "--envs", ENV_ID], "Algorithm 'nodip' is unknown; choose from "),
+        (["--algos", "nodip@x", "--envs", ENV_ID], "Algorithm 'nodip' is unknown; choose from "),
+        (["--algos", "modip@", "--envs", ENV_ID], "'modip@' is no variant of an algorithm: expected algo@label, "),
+        (
+            ["--algos", "modip@a/b", "--envs", ENV_ID],
+            "'modip@a/b' is no variant of an algorithm: expected algo@label, ",
+        ),
         (["--algos", "sac", "--envs", "Pendulum-v9"], "Environment 'Pendulum-v9' is not registered in Gymnasium"),
         (["--algos", "sac", "--envs", ENV_ID, "--workers", "0"], "--workers is 0: it must be at least 1."),
         (["--algos", "sac", "--envs", ENV_ID, "-P", "tau:1"], "-P tau:1: expected algo.param:value, such as "),

@@ -44,7 +44,12 @@ def make_parser() -> argparse.ArgumentParser:
     envs = run.add_mutually_exclusive_group(required=True)
     envs.add_argument("--suite", choices=SUITES, help="a named list of environments")
     envs.add_argument("--envs", nargs="+", help="Gymnasium ids")
-    run.add_argument("--algos", nargs="+", required=True, help="names in rl_zoo3, ours included")
+    run.add_argument(
+        "--algos",
+        nargs="+",
+        required=True,
+        help="names in rl_zoo3, ours included; algo@label is a variant, which -P sets",
+    )
     run.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     run.add_argument("--timesteps", type=int, required=True, help="environment steps of each run")
     run.add_argument("--output", type=Path, required=True, help="folder of the runs")
@@ -58,7 +63,14 @@ def make_parser() -> argparse.ArgumentParser:
         help="by default diffusion policies sample, and all others act deterministically",
     )
     run.add_argument("--offline-dataset", help="instead of the data that MODIP's settings name; 'none' for none")
-    run.add_argument("-P", "--param", nargs="+", default=[], metavar="ALGO.PARAM:VALUE", help="hyper-parameters")
+    run.add_argument(
+        "-P",
+        "--param",
+        nargs="+",
+        default=[],
+        metavar="ALGO.PARAM:VALUE",
+        help="hyper-parameters of an algorithm or variant",
+    )
     run.add_argument("--device", default="auto")
     run.add_argument("--workers", type=int, default=1, help="runs at a time; each gets its share of the cores")
     run.add_argument("--backend", choices=("local", "ray"), default="local")

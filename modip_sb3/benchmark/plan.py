@@ -10,6 +10,7 @@ from typing import Any
 from modip_sb3.benchmark.runs import RunFolder, differences
 from modip_sb3.benchmark.settings import (
     SUITES,
+    base_of,
     default_dataset,
     describe_software,
     make_settings,
@@ -29,7 +30,7 @@ def plan(args: argparse.Namespace) -> list[RunFolder]:
     _check(args)
     env_ids = SUITES[args.suite] if args.suite else args.envs
     overrides = parse_overrides(args.param)
-    if unknown := overrides.keys() - set(args.algos):
+    if unknown := overrides.keys() - {*args.algos, *map(base_of, args.algos)}:
         raise ValueError(f"-P names {sorted(unknown)}, but --algos are {args.algos}.")
     evaluation = {
         "freq": args.eval_freq,
@@ -45,7 +46,7 @@ def plan(args: argparse.Namespace) -> list[RunFolder]:
             args.timesteps,
             evaluation,
             _dataset(args.offline_dataset, env_id),
-            overrides.get(algo, {}),
+            overrides.get(base_of(algo), {}) | overrides.get(algo, {}),
             args.device,
         )
         for seed, env_id, algo in product(_unique(args.seeds), _unique(env_ids), _unique(args.algos))

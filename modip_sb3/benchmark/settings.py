@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import subprocess
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -52,7 +53,7 @@ def make_settings(
     Everything that decides a run's numbers, as it is written and compared.
 
     :param env_id: Gymnasium id
-    :param algo: name of the algorithm in rl_zoo3
+    :param algo: name of the algorithm in rl_zoo3, or of a variant of it, see :func:`base_of`
     :param seed: of the run
     :param timesteps: budget of environment steps
     :param evaluation: protocol: "freq" in environment steps, "episodes", "seed", "actions"
@@ -82,7 +83,9 @@ def make_settings(
         default = parameters["buffer_size"].default
         hyperparameters["buffer_size"] = min(int(hyperparameters.get("buffer_size", default)), timesteps + 1000)
     left_out = {"self", "env", "seed", "device", "tensorboard_log", "verbose", "_init_setup_model", *hyperparameters}
-    deterministic = {"deterministic": True, "sampled": False, "default": algo not in SAMPLED}[evaluation["actions"]]
+    deterministic = {"deterministic": True, "sampled": False, "default": base_of(algo) not in SAMPLED}[
+        evaluation["actions"]
+    ]
     settings = {
         "env": env_id,
         "algo": algo,
@@ -103,18 +106,33 @@ def make_settings(
     return json.loads(json.dumps(settings, default=lambda value: getattr(value, "__qualname__", repr(type(value)))))
 
 
+def base_of(name: str) -> str:
+    """
+    :param name: of an algorithm, or ``algo@label``: the same one with other settings, in a row of its own
+    :return: the algorithm's name
+    :raises ValueError: if the label is not a word
+    """
+    base, at, label = name.partition("@")
+    if at and not re.fullmatch(r"[\w-]+", label):
+        raise ValueError(
+            f"{name!r} is no variant of an algorithm: expected algo@label, the label of letters, digits, - and _."
+        )
+    return base
+
+
 def find_algorithm(name: str) -> Any:
     """
-    :param name: of an algorithm in rl_zoo3, ours included
+    :param name: of an algorithm in rl_zoo3, ours included, or of a variant
     :return: its class
     :raises ValueError: if there is none
     """
     zoo.register()
     import rl_zoo3
 
-    if name not in rl_zoo3.ALGOS:
-        raise ValueError(f"Algorithm {name!r} is unknown; choose from {sorted(rl_zoo3.ALGOS)}.")
-    return rl_zoo3.ALGOS[name]
+    base = base_of(name)
+    if base not in rl_zoo3.ALGOS:
+        raise ValueError(f"Algorithm {base!r} is unknown; choose from {sorted(rl_zoo3.ALGOS)}.")
+    return rl_zoo3.ALGOS[base]
 
 
 def find_hyperparameters(algo: str, env_id: str) -> tuple[dict[str, Any], str]:
@@ -130,8 +148,8 @@ def find_hyperparameters(algo: str, env_id: str) -> tuple[dict[str, Any], str]:
 
     if env_id not in gym.registry:
         raise ValueError(f"Environment {env_id!r} is not registered in Gymnasium; suites are {sorted(SUITES)}.")
-    own = zoo.find_config(algo)
-    theirs = Path(rl_zoo3.__file__).parent / "hyperparams" / f"{algo}.yml"
+    own = zoo.find_config(base_of(algo))
+    theirs = Path(rl_zoo3.__file__).parent / "hyperparams" / f"{base_of(algo)}.yml"
     for path, keys in ((own, (env_id, "default")), (theirs, (env_id,))):
         if path is None or not path.is_file():
             continue

@@ -22,7 +22,7 @@ from modip_sb3.benchmark.recorder import (
     save_model,
 )
 from modip_sb3.benchmark.runs import RunFolder, locked, read_rows
-from modip_sb3.benchmark.settings import describe_hardware, describe_software, find_algorithm
+from modip_sb3.benchmark.settings import base_of, describe_hardware, describe_software, find_algorithm
 from modip_sb3.checkpoint import load_state
 from modip_sb3.policies import ActingMode
 from modip_sb3.resume import ResumableAlgorithm
@@ -122,7 +122,7 @@ def _make_env(settings: dict[str, Any], folder: Path, seed: int) -> tuple[VecEnv
 
     manager = ExperimentManager(
         argparse.Namespace(),
-        settings["algo"],
+        base_of(settings["algo"]),
         settings["env"],
         log_folder=str(folder),
         n_timesteps=settings["timesteps"],
