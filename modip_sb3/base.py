@@ -98,6 +98,12 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         self.rollout_with = rollout_with
         self.inference = inference
         self._n_pretrain_updates = 0
+        self._actor_is_given = False
+
+    @property
+    def _knows_something(self) -> bool:
+        """Whether the policy has learned from data: it acts from the first step, and its normaliser stays."""
+        return self._n_pretrain_updates > 0 or self._actor_is_given
 
     @abstractmethod
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
@@ -150,7 +156,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     def _load_offline_data(self) -> None:
         """Load, check and scale the offline data, once, and fit the policy's normaliser to it."""
         datasets = self._fill_offline_buffers(self.policy.action_horizon)
-        if datasets and self._n_pretrain_updates == 0:
+        if datasets and not self._knows_something:
             self._fit_normalizers(datasets)
 
     def _fit_normalizers(self, datasets: Sequence[OfflineDataset]) -> None:
@@ -273,7 +279,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     def _sample_action(
         self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
     ) -> tuple[np.ndarray, np.ndarray]:
-        if self.num_timesteps < learning_starts and self._n_pretrain_updates == 0:
+        if self.num_timesteps < learning_starts and not self._knows_something:
             return super()._sample_action(learning_starts, action_noise, n_envs)
         assert self._last_obs is not None and self._chunk_state is not None
         obs, _ = self.policy.obs_to_tensor(self._last_obs)
@@ -301,7 +307,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         assert self._chunk_state is not None
         self._chunk_state[1][dones] = -1  # what is left of a chunk or a plan ends with its episode
-        if self._n_pretrain_updates == 0:
+        if not self._knows_something:
             self._update_normalizer(new_obs)
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         self._plan_tracker.step(reward, dones & ~truncated, truncated)

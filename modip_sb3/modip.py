@@ -9,13 +9,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
+from modip_sb3.base import Metrics, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS
 from modip_sb3.policies import ActingMode, MODIPPolicy
+from modip_sb3.pretrained import DiffusionAlgorithm
 from modip_sb3.world_model import compute_world_model_loss
 
 # With data the model is trusted only between the policy's own proposals: the best of them, without refinement
@@ -23,7 +24,7 @@ RANK_PROPOSALS = {"num_samples": 0, "num_elites": 1, "min_std": 0.02, "max_std":
 SEARCH_WIDELY = {"num_samples": 48, "min_std": 0.1, "max_std": 1.0}
 
 
-class MODIP(OfflineToOnlineAlgorithm):
+class MODIP(DiffusionAlgorithm):
     """
     Model-based optimisation of a diffusion policy (MODIP, arXiv:2606.10825).
 

@@ -16,12 +16,14 @@ from stable_baselines3.common.utils import set_random_seed
 from walk import Walk, record_walk
 
 from modip_sb3 import MODIP, OfflineDataset
+from modip_sb3.baselines import DiffusionBC
 from modip_sb3.benchmark import settings as benchmark_settings
 from modip_sb3.benchmark.__main__ import make_parser
 from modip_sb3.benchmark.plan import plan
+from modip_sb3.benchmark.records import check_comparable
 from modip_sb3.benchmark.runs import RunFolder, differences, locked, read_rows
 from modip_sb3.benchmark.settings import SUITES, make_settings, parse_overrides, share_threads
-from modip_sb3.benchmark.worker import execute, restore_model
+from modip_sb3.benchmark.worker import execute, make_model, restore_model
 from modip_sb3.checkpoint import isolated_rng
 from modip_sb3.datasets import save_d4rl
 from modip_sb3.evaluation import evaluate
@@ -204,6 +206,30 @@ def test_changed_settings_are_named(tmp_path: Path) -> None:
         ]
     )
     assert {path: path.read_text() for path in before} == before
+
+
+def test_a_shared_diffusion_policy(tmp_path: Path) -> None:
+    data = Path(__file__).parents[1] / "examples" / "data" / "modip" / "hopper" / "sac-medium-v0"
+    names = ["--envs", "modip/hopper-sac-medium-v5", "--timesteps", "20", "--eval-episodes", "1", "--device", "cpu"]
+    names += ["--offline-dataset", str(data)]
+    clone = ["run", *names, "--algos", "diffusion_bc", "--seeds", "0", "--output", str(tmp_path / "cloned")]
+    assert not run(*clone, "-P", "diffusion_bc.pretrain_steps:2", "diffusion_bc.policy_kwargs:{denoiser: mlp}")
+    start = ["run", *names, "--algos", "modip", "sac", "--output", str(tmp_path / "runs")]
+    start += ["--start-from", str(tmp_path / "cloned"), "-P", "modip.pretrain_steps:0", "--seeds"]
+    sentence = r"cloned has no modip-hopper-sac-medium-v5/diffusion_bc/seed-1/model.zip: run diffusion_bc there first"
+    assert re.search(sentence, str(run(*start, "1")))
+    modip, sac = planned([*start, "0"])
+    assert "start_from" not in sac.read_settings()
+    assert modip.read_settings()["start_from"]["runs"] == str(tmp_path / "cloned")
+    model, *_ = make_model(modip.read_settings(), tmp_path)
+    cloned = DiffusionBC.load(modip.read_settings()["start_from"]["model"])
+    weights = cloned.policy.actor_ema.state_dict()
+    assert all(tensor.equal(weights[name]) for name, tensor in model.policy.actor_ema.state_dict().items())
+    alike = {"modip/seed-0": modip.read_settings(), "modip/seed-1": modip.read_settings()}
+    check_comparable(alike)
+    del alike["modip/seed-1"]["start_from"]
+    with pytest.raises(ValueError, match=r"start_from differs for modip/hopper-sac-medium-v5/modip: .*cloned.*None"):
+        check_comparable(alike)
 
 
 def test_differences_name_what_is_new() -> None:

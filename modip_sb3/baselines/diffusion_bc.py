@@ -8,14 +8,15 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 from stable_baselines3.common.utils import polyak_update
 
-from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, Phase
+from modip_sb3.base import Metrics, Phase
 from modip_sb3.buffers import SequenceBatch, map_obs
 from modip_sb3.checks import check_at_least, check_count, check_fraction
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.policies import DiffusionPolicy
+from modip_sb3.pretrained import DiffusionAlgorithm
 
 
-class DiffusionBC(OfflineToOnlineAlgorithm):
+class DiffusionBC(DiffusionAlgorithm):
     """
     Behaviour cloning of a diffusion policy: MODIP's actor, denoising loss and moving average, and no network beside.
 

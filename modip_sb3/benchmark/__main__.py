@@ -39,6 +39,13 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m modip_sb3.benchmark", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
+    _add_run(commands)
+    _add_report(commands)
+    _add_speed(commands)
+    return parser
+
+
+def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="run algorithms side by side")
     run.set_defaults(command=run_benchmark)
     envs = run.add_mutually_exclusive_group(required=True)
@@ -69,18 +76,20 @@ def make_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="ALGO.PARAM:VALUE",
-        help="hyper-parameters of an algorithm or variant",
+        help="hyper-parameters",
     )
+    run.add_argument("--start-from", type=Path, metavar="RUNS", help="diffusion policies: from its diffusion_bc runs")
     run.add_argument("--device", default="auto")
     run.add_argument("--workers", type=int, default=1, help="runs at a time; each gets its share of the cores")
     run.add_argument("--backend", choices=("local", "ray"), default="local")
+
+
+def _add_report(commands: Any) -> None:
     report = commands.add_parser("report", help="tables and figures from the folders of the runs")
     report.set_defaults(command=write_report)
     report.add_argument("runs", type=Path, help="folder of the runs")
     report.add_argument("--out", type=Path, help="folder of the report; RUNS/report by default")
     report.add_argument("--baseline", help="whom the probability of improvement compares with")
-    _add_speed(commands)
-    return parser
 
 
 def _add_speed(commands: Any) -> None:

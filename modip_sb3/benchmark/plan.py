@@ -48,6 +48,7 @@ def plan(args: argparse.Namespace) -> list[RunFolder]:
             _dataset(args.offline_dataset, env_id),
             overrides.get(base_of(algo), {}) | overrides.get(algo, {}),
             args.device,
+            args.start_from,
         )
         for seed, env_id, algo in product(_unique(args.seeds), _unique(env_ids), _unique(args.algos))
     ]

@@ -186,7 +186,10 @@ def check_comparable(settings: Mapping[str, Mapping[str, Any]]) -> None:
     task = {name: {"env_kwargs": s["hyperparameters"].get("env_kwargs")} for name, s in settings.items()}
     faults += _mixtures(task, lambda name: settings[name]["env"])
     own = ("hyperparameters", "defaults", "deterministic", "device")
-    of_algorithm = {name: {key: s.get(key) for key in own} for name, s in settings.items()}
+    of_algorithm = {
+        name: {key: s.get(key) for key in own} | {"start_from": s.get("start_from", {}).get("runs")}
+        for name, s in settings.items()
+    }
     faults += _mixtures(of_algorithm, lambda name: f"{settings[name]['env']}/{settings[name]['algo']}")
     if faults:
         raise ValueError("\n".join(["These runs cannot be compared; report them from separate folders:", *faults]))

@@ -1,6 +1,7 @@
 """What a benchmark runs: environments, algorithms, their settings and the offline data."""
 
 import ast
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -19,6 +20,7 @@ import yaml
 from gymnasium import spaces
 
 from modip_sb3 import zoo
+from modip_sb3.benchmark.runs import RunFolder
 from modip_sb3.datasets import fingerprint as hash_datasets
 from modip_sb3.datasets import load_sources
 
@@ -48,6 +50,7 @@ def make_settings(
     dataset: Any,
     overrides: Mapping[str, Any],
     device: str = "auto",
+    start_from: Path | None = None,
 ) -> dict[str, Any]:
     """
     Everything that decides a run's numbers, as it is written and compared.
@@ -60,39 +63,39 @@ def make_settings(
     :param dataset: what the algorithm's ``offline_dataset`` is, if it takes one; None is no data
     :param overrides: hyper-parameters in the place of the configured ones
     :param device: of the networks
+    :param start_from: folder of a benchmark whose runs of diffusion_bc give the algorithm its diffusion policy, if it
+        has one
     :return: plain values
     :raises ValueError: if the algorithm, the environment or a setting is unknown
     """
-    parameters = inspect.signature(find_algorithm(algo)).parameters
+    algorithm = find_algorithm(algo)
+    parameters = inspect.signature(algorithm).parameters
     hyperparameters, source = find_hyperparameters(algo, env_id)
     hyperparameters |= overrides
     if "policy" not in hyperparameters:
-        has_dict_obs = _has_dict_obs(env_id, json.dumps(hyperparameters.get("env_kwargs", {})))
-        hyperparameters["policy"] = "MultiInputPolicy" if has_dict_obs else "MlpPolicy"
+        hyperparameters["policy"] = _default_policy(env_id, hyperparameters)
     for name in UNSUPPORTED:
         if hyperparameters.get(name) is not None:
             raise ValueError(f"{algo} on {env_id} has {name}={hyperparameters[name]!r}: the benchmark takes none.")
     if "offline_dataset" in overrides:
         raise ValueError("offline_dataset is the same for all algorithms: give it with --offline-dataset.")
-    hyperparameters.pop("n_timesteps", None)
     takes_data = "offline_dataset" in parameters
-    hyperparameters.pop("offline_dataset", None)
+    for name in ("n_timesteps", "offline_dataset"):
+        hyperparameters.pop(name, None)
     if takes_data and dataset is not None:
         hyperparameters["offline_dataset"] = dataset
     if "buffer_size" in parameters:  # what the budget cannot fill would be written with every checkpoint
         default = parameters["buffer_size"].default
         hyperparameters["buffer_size"] = min(int(hyperparameters.get("buffer_size", default)), timesteps + 1000)
     left_out = {"self", "env", "seed", "device", "tensorboard_log", "verbose", "_init_setup_model", *hyperparameters}
-    deterministic = {"deterministic": True, "sampled": False, "default": base_of(algo) not in SAMPLED}[
-        evaluation["actions"]
-    ]
+    actions = {"deterministic": True, "sampled": False, "default": base_of(algo) not in SAMPLED}
     settings = {
         "env": env_id,
         "algo": algo,
         "seed": seed,
         "timesteps": timesteps,
         "evaluation": dict(evaluation),
-        "deterministic": deterministic,
+        "deterministic": actions[evaluation["actions"]],
         "hyperparameters": hyperparameters,
         "hyperparameters_from": source,
         "defaults": {
@@ -103,7 +106,16 @@ def make_settings(
         "dataset": fingerprint(dataset) if takes_data and dataset is not None else None,
         "device": device,
     }
+    if start_from is not None and hasattr(algorithm, "from_pretrained"):
+        settings["start_from"] = _find_pretrained(start_from, env_id, seed)
     return json.loads(json.dumps(settings, default=lambda value: getattr(value, "__qualname__", repr(type(value)))))
+
+
+def _find_pretrained(runs: Path, env_id: str, seed: int) -> dict[str, str]:
+    path = RunFolder.of(runs, {"env": env_id, "algo": "diffusion_bc", "seed": seed}).path / "model.zip"
+    if not path.is_file():
+        raise ValueError(f"--start-from {runs} has no {path.relative_to(runs)}: run diffusion_bc there first.")
+    return {"runs": str(runs), "model": str(path), "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
 def base_of(name: str) -> str:
@@ -158,6 +170,11 @@ def find_hyperparameters(algo: str, env_id: str) -> tuple[dict[str, Any], str]:
             if key in entries:
                 return dict(entries[key]), f"{path.parent.name}/{path.name}: {key}"
     return {}, "the algorithm's defaults"
+
+
+def _default_policy(env_id: str, hyperparameters: Mapping[str, Any]) -> str:
+    has_dict_obs = _has_dict_obs(env_id, json.dumps(hyperparameters.get("env_kwargs", {})))
+    return "MultiInputPolicy" if has_dict_obs else "MlpPolicy"
 
 
 @cache

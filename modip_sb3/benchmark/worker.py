@@ -14,6 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import CSVOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecEnv
 
+from modip_sb3.baselines import DiffusionBC
 from modip_sb3.benchmark.recorder import (
     Recorder,
     Totals,
@@ -95,8 +96,12 @@ def make_model(settings: dict[str, Any], folder: Path) -> tuple[BaseAlgorithm, V
     """
     env, env_kwargs, hyperparameters = _make_env(settings, folder, settings["seed"])
     algorithm = find_algorithm(settings["algo"])
-    model = algorithm(env=env, seed=settings["seed"], device=settings["device"], **hyperparameters)
-    return model, env, env_kwargs
+    chosen = {"env": env, "seed": settings["seed"], "device": settings["device"]}
+    if "start_from" in settings:
+        cloned = DiffusionBC.load(settings["start_from"]["model"], device=settings["device"])
+        del hyperparameters["policy"]
+        return algorithm.from_pretrained(cloned, **chosen, **hyperparameters), env, env_kwargs
+    return algorithm(**chosen, **hyperparameters), env, env_kwargs
 
 
 def restore_model(

@@ -1,0 +1,78 @@
+"""A diffusion policy that was cloned once, in any of the algorithms that fine-tune it."""
+
+from typing import Any, Self
+
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
+from stable_baselines3.common.torch_layers import get_actor_critic_arch
+from stable_baselines3.common.type_aliases import GymEnv
+
+from modip_sb3.base import OfflineToOnlineAlgorithm
+from modip_sb3.policies import DEFAULT_NET_ARCH, DiffusionPolicy
+
+# What the actor's networks are, and were trained for; how they act may be chosen anew
+_FIXED = ["denoiser", "proposal", "action_horizon", "train_scheduler", "scheduler_kwargs"]
+_FIXED += ["features_extractor_class", "features_extractor_kwargs"]
+_CHOSEN = ["n_action_steps", "sample_scheduler", "num_inference_steps"]
+_PARTS = ("features_extractor", "normalizer", "actor", "actor_ema")
+
+
+class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
+    """An algorithm whose policy is a :class:`DiffusionPolicy`, which may come from another such algorithm."""
+
+    policy: DiffusionPolicy
+
+    @classmethod
+    def from_pretrained(cls, model: BaseAlgorithm, env: GymEnv | str | None = None, **kwargs: Any) -> Self:
+        """
+        A new algorithm that starts from another one's diffusion policy: its weights, their moving average and the
+        normalisation of observations. The networks beside it are new, and so are all optimisers.
+
+        :param model: an algorithm of this package with a diffusion policy, trained or loaded
+        :param env: the environment, or its Gymnasium id; that of the other algorithm by default
+        :param kwargs: arguments of the constructor; what the denoiser is cannot be changed by ``policy_kwargs``
+        :return: the algorithm
+        :raises ValueError: if the other algorithm has no diffusion policy, or one for other spaces or of other networks
+        """
+        source = model.policy
+        if not isinstance(source, DiffusionPolicy):
+            raise ValueError(
+                f"{type(model).__name__} has a {type(source).__name__}, expected an algorithm with a diffusion policy, "
+                "such as DiffusionBC or MODIP."
+            )
+        env = model.get_env() if env is None else maybe_make_env(env, verbose=0)
+        for name in ("observation_space", "action_space"):
+            if env is not None and getattr(source, name) != getattr(env, name):
+                raise ValueError(
+                    f"The diffusion policy is for the {name} {getattr(source, name)}, but the environment's is "
+                    f"{getattr(env, name)}: give one with the same."
+                )
+        policy_kwargs = _merge(source, kwargs.pop("policy_kwargs", None) or {})
+        alias = "MultiInputPolicy" if isinstance(source.observation_space, spaces.Dict) else "MlpPolicy"
+        new = cls(alias, env, policy_kwargs=policy_kwargs, **kwargs)
+        for part in _PARTS:
+            try:
+                getattr(new.policy, part).load_state_dict(getattr(source, part).state_dict())
+            except RuntimeError as error:
+                raise ValueError(
+                    f"The {part} of {type(model).__name__}'s policy does not fit {cls.__name__} with policy_kwargs="
+                    f"{policy_kwargs}: leave out what changes the actor's input, such as terminal_value='q'."
+                ) from error
+        new._actor_is_given = True
+        return new
+
+
+def _merge(source: DiffusionPolicy, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of a policy with the source's actor, and what is given for the rest."""
+    parameters = source._get_constructor_parameters()
+    for name in _FIXED:
+        if name in given and given[name] != parameters[name]:
+            raise ValueError(
+                f"policy_kwargs has {name}={given[name]!r}, but the diffusion policy was trained with "
+                f"{parameters[name]!r}: leave it out."
+            )
+    net_arch = given.get("net_arch", {"qf": DEFAULT_NET_ARCH[source.denoiser_name]["qf"]})
+    _, critic_arch = get_actor_critic_arch({"pi": [], **net_arch} if isinstance(net_arch, dict) else net_arch)
+    actor_arch, _ = get_actor_critic_arch(source.net_arch)
+    kept = {name: parameters[name] for name in _FIXED + _CHOSEN}
+    return {**kept, **given, "net_arch": {"pi": actor_arch, "qf": critic_arch}}
