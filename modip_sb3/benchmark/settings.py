@@ -9,7 +9,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,9 @@ SUITES = {
 
 # A diffusion policy is evaluated by sampling, as its papers do; all others by their deterministic action
 SAMPLED = ("modip", "diffusion_bc")
+
+# Arguments of every algorithm that decide nothing, or are settings of the run itself
+NO_SETTINGS = {"self", "env", "seed", "device", "tensorboard_log", "verbose", "_init_setup_model"}
 
 # What evaluations on fresh environments could not follow
 UNSUPPORTED = ("env_wrapper", "vec_env_wrapper", "frame_stack", "callback")
@@ -87,7 +90,6 @@ def make_settings(
     if "buffer_size" in parameters:  # what the budget cannot fill would be written with every checkpoint
         default = parameters["buffer_size"].default
         hyperparameters["buffer_size"] = min(int(hyperparameters.get("buffer_size", default)), timesteps + 1000)
-    left_out = {"self", "env", "seed", "device", "tensorboard_log", "verbose", "_init_setup_model", *hyperparameters}
     actions = {"deterministic": True, "sampled": False, "default": base_of(algo) not in SAMPLED}
     settings = {
         "env": env_id,
@@ -98,11 +100,7 @@ def make_settings(
         "deterministic": actions[evaluation["actions"]],
         "hyperparameters": hyperparameters,
         "hyperparameters_from": source,
-        "defaults": {
-            name: parameter.default
-            for name, parameter in parameters.items()
-            if name not in left_out and parameter.default is not parameter.empty
-        },
+        "defaults": _defaults(parameters, {*NO_SETTINGS, *hyperparameters}),
         "dataset": fingerprint(dataset) if takes_data and dataset is not None else None,
         "device": device,
     }
@@ -170,6 +168,11 @@ def find_hyperparameters(algo: str, env_id: str) -> tuple[dict[str, Any], str]:
             if key in entries:
                 return dict(entries[key]), f"{path.parent.name}/{path.name}: {key}"
     return {}, "the algorithm's defaults"
+
+
+def _defaults(parameters: Mapping[str, inspect.Parameter], left_out: Set[str]) -> dict[str, Any]:
+    found = {name: parameter.default for name, parameter in parameters.items() if name not in left_out}
+    return {name: default for name, default in found.items() if default is not inspect.Parameter.empty}
 
 
 def _default_policy(env_id: str, hyperparameters: Mapping[str, Any]) -> str:
