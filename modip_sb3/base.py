@@ -361,15 +361,26 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         sources = self._offline_counts(batch_size)
         return _concatenate([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
 
-    def _sample_batch(self, batch_size: int) -> SequenceBatch:
-        """Offline and online sequences in one batch; either alone while the other is missing."""
+    def _sample_batch(
+        self, batch_size: int, length: int | None = None, offline_fraction: float | None = None
+    ) -> SequenceBatch:
+        """
+        Offline and online sequences in one batch; either alone while the other is missing.
+
+        :param batch_size: number of sequences
+        :param length: of the sequences, ``sequence_length`` by default
+        :param offline_fraction: share of the offline ones, the algorithm's own by default
+        :return: the batch
+        """
+        length = self.sequence_length if length is None else length
+        offline_fraction = self.offline_fraction if offline_fraction is None else offline_fraction
         num_online = batch_size
         if self._offline_buffers:
-            num_online = round(batch_size * (1 - self.offline_fraction)) if self.replay_buffer.size() > 0 else 0
+            num_online = round(batch_size * (1 - offline_fraction)) if self.replay_buffer.size() > 0 else 0
         if num_online == 0:
-            return self._sample_offline(batch_size, self.sequence_length)
-        online = self.replay_buffer.sample_sequences(num_online, self.sequence_length, self._vec_normalize_env)
+            return self._sample_offline(batch_size, length)
+        online = self.replay_buffer.sample_sequences(num_online, length, self._vec_normalize_env)
         if num_online == batch_size:
             return online
-        offline = self._sample_offline(batch_size - num_online, self.sequence_length)
+        offline = self._sample_offline(batch_size - num_online, length)
         return _concatenate([offline, online])

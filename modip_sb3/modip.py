@@ -1,6 +1,6 @@
 """MODIP: fine-tune a diffusion policy with a model-predictive planner (arXiv:2606.10825)."""
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch as th
 from gymnasium import spaces
@@ -22,6 +22,17 @@ from modip_sb3.world_model import compute_world_model_loss
 # With data the model is trusted only between the policy's own proposals: the best of them, without refinement
 RANK_PROPOSALS = {"num_samples": 0, "num_elites": 1, "min_std": 0.02, "max_std": 0.02}
 SEARCH_WIDELY = {"num_samples": 48, "min_std": 0.1, "max_std": 1.0}
+
+
+class Chunks(NamedTuple):
+    """What the policy clones."""
+
+    features: th.Tensor
+    """Of the observations that the chunks start from ``(B, F)``."""
+    actions: th.Tensor
+    """In [-1, 1] ``(B, T, A)``."""
+    weights: th.Tensor
+    """Of each action in the loss ``(B, T)``."""
 
 
 class MODIP(DiffusionAlgorithm):
@@ -60,6 +71,8 @@ class MODIP(DiffusionAlgorithm):
     :param td_lambda: λ of the critics' targets
     :param expectile: τ of the state value; towards 1 it takes the best action in the data for granted
     :param rho: weight of each further step of the model's rollout in its losses
+    :param distill_steps: updates of the policy in each update, on batches of their own
+    :param distill_offline_fraction: share of offline chunks in those batches; the policy stays near the data with more
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
         "both"
     :param distill_weighting: "advantage" weights executed chunks by exp(β A / σ_A), "uniform" is the paper's loss
@@ -110,6 +123,8 @@ class MODIP(DiffusionAlgorithm):
         td_lambda: float = 0.95,
         expectile: float = 0.7,
         rho: float = 0.5,
+        distill_steps: int = 1,
+        distill_offline_fraction: float = 0.0,
         distill_from: Literal["executed", "relabel", "both"] = "executed",
         distill_weighting: Literal["advantage", "uniform"] = "advantage",
         distill_beta: float = 2.0,
@@ -155,9 +170,11 @@ class MODIP(DiffusionAlgorithm):
             rollout_with=rollout_with,
             inference=inference,
         )
+        check_count(0, distill_steps=distill_steps)
         check_count(1, relabel_freq=relabel_freq)
         check_at_least(0, distill_beta=distill_beta, max_grad_norm=max_grad_norm)
         check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho, actor_tau=actor_tau)
+        check_fraction(distill_offline_fraction=distill_offline_fraction)
         check_choice("critic_target", critic_target, "v", "policy")
         check_choice("distill_from", distill_from, "executed", "relabel", "both")
         check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
@@ -168,6 +185,8 @@ class MODIP(DiffusionAlgorithm):
         self.td_lambda = td_lambda
         self.expectile = expectile
         self.rho = rho
+        self.distill_steps = distill_steps
+        self.distill_offline_fraction = distill_offline_fraction
         self.distill_from = distill_from
         self.distill_weighting = distill_weighting
         self.distill_beta = distill_beta
@@ -220,50 +239,51 @@ class MODIP(DiffusionAlgorithm):
             self.logger.record(f"train/{name}", value.item())
 
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
-        policy = self.policy
-        flat_obs = map_obs(lambda obs: obs.flatten(0, 1), batch.observations)
-        features = policy.features(flat_obs).unflatten(0, (len(batch.mask), -1))  # (B, L + 1, F)
-        weights, labels = batch.mask[:, : policy.action_horizon], None
-        metrics: Metrics = {}
-        if phase != "clone":
-            metrics, advantages = self._update_model_and_critics(batch, features)
+        features = self._features(batch)
+        metrics = {} if phase == "clone" else self._update_model_and_critics(batch, features)
         if phase == "online":
-            if self.distill_weighting == "advantage":
-                weights = weights * self._advantage_weights(advantages)[:, None]
-            if self.distill_from != "executed":
-                labels = self._label_buffer
-        metrics.update(self._update_actor(batch.actions, features[:, 0].detach(), weights, labels))
-        polyak_update(policy.actor.parameters(), policy.actor_ema.parameters(), self.actor_tau)
+            for _ in range(self.distill_steps):
+                metrics.update(self._distill(len(batch.mask)))
+        else:
+            horizon = self.policy.action_horizon
+            chunks = Chunks(features[:, 0].detach(), batch.actions[:, :horizon], batch.mask[:, :horizon])
+            metrics.update(self._clone(chunks))
         return metrics
 
-    def _update_model_and_critics(self, batch: SequenceBatch, features: th.Tensor) -> tuple[Metrics, th.Tensor]:
-        """World model, Q, V and their targets; also returns the advantages of the sequences' starts ``(B,)``."""
+    def _features(self, batch: SequenceBatch) -> th.Tensor:
+        """Of all observations ``(B, L + 1, F)``."""
+        flat_obs = map_obs(lambda obs: obs.flatten(0, 1), batch.observations)
+        return self.policy.features(flat_obs).unflatten(0, (len(batch.mask), -1))
+
+    def _update_model_and_critics(self, batch: SequenceBatch, features: th.Tensor) -> Metrics:
+        """World model, Q, V and their targets."""
         policy, horizon = self.policy, self.policy.horizon
-        with th.no_grad():
-            data_latents = policy.world_model.encode(features)  # (B, L + 1, Z)
-            data_values = policy.value_target(data_latents).mean(0)
-        returns = self._compute_returns(batch, features.detach(), data_latents, data_values)  # (B, L)
+        returns, _, data_latents = self._compute_returns(batch, features.detach())
         steps = SequenceBatch(batch.observations, *(part[:, :horizon] for part in batch[1:]))
         features, targets = features[:, 0], data_latents[:, 1 : horizon + 1]
         latents, metrics = self._update_model(steps, features, targets, returns[:, :horizon])
         metrics.update(self._update_value(steps, latents.detach()))
         polyak_update(policy.value.parameters(), policy.value_target.parameters(), self.tau)
         polyak_update(policy.critic.parameters(), policy.critic_target.parameters(), self.tau)
-        return metrics, returns[:, 0] - data_values[:, 0]
+        return metrics
 
     @th.no_grad()
-    def _compute_returns(
-        self, batch: SequenceBatch, features: th.Tensor, latents: th.Tensor, values: th.Tensor
-    ) -> th.Tensor:
-        """λ-returns of every step from target values that need no policy, or from Q(s', π(s')) ``(B, L)``."""
+    def _compute_returns(self, batch: SequenceBatch, features: th.Tensor) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        λ-returns of every step, from target values that need no policy, or from Q(s', π(s')) ``(B, L)``; with the
+        target values ``(B, L + 1)`` and the latents ``(B, L + 1, Z)``.
+        """
+        latents = self.policy.world_model.encode(features)
+        values = self.policy.value_target(latents).mean(0)
         next_values = values[:, 1:]
         if self.critic_target == "policy":
             condition = self.policy.actor_condition(features[:, 1:].flatten(0, 1))
             next_actions = self.policy.sample_chunks(condition)[:, 0].view_as(batch.actions)
             next_values = self.policy.critic_target(latents[:, 1:], next_actions).amin(0)
-        return compute_lambda_returns(
+        returns = compute_lambda_returns(
             batch.rewards, next_values, batch.terminations, batch.mask, self.gamma, self.td_lambda, self.n_steps
         )
+        return returns, values, latents
 
     def _step_weights(self, mask: th.Tensor) -> th.Tensor:
         return mask * self.rho ** th.arange(mask.shape[1], device=mask.device)
@@ -290,23 +310,41 @@ class MODIP(DiffusionAlgorithm):
         self._optimize(self.value_optimizer, loss)
         return metrics
 
-    def _update_actor(
-        self, actions: th.Tensor, features: th.Tensor, weights: th.Tensor, labels: LabelBuffer | None
-    ) -> Metrics:
-        """The denoising loss on the weighted chunks of the batch, on the planner's labels, or on both."""
+    def _clone(self, chunks: Chunks) -> Metrics:
+        """One step of the denoising loss."""
         policy = self.policy
-        condition, chunks = policy.actor_condition(features), actions[:, : policy.action_horizon]
-        if labels is not None:
-            obs, label_chunks = labels.sample(len(chunks), self.device)
-            label_condition, label_weights = policy.actor_condition(policy.features(obs)), th.ones_like(weights)
-            if self.distill_from == "both":
-                condition, chunks = th.cat([condition, label_condition]), th.cat([chunks, label_chunks])
-                weights = th.cat([weights, label_weights])
-            else:
-                condition, chunks, weights = label_condition, label_chunks, label_weights
-        loss, metrics = policy.actor.compute_loss(chunks, condition, weights)
+        loss, metrics = policy.actor.compute_loss(
+            chunks.actions, policy.actor_condition(chunks.features), chunks.weights
+        )
         self._optimize(self.actor_optimizer, loss)
+        polyak_update(policy.actor.parameters(), policy.actor_ema.parameters(), self.actor_tau)
         return metrics
+
+    def _distill(self, batch_size: int) -> Metrics:
+        """Clone what was executed, the planner's labels, or both."""
+        sources = []
+        if self.distill_from != "relabel":
+            sources.append(self._executed_chunks(batch_size))
+        if self.distill_from != "executed":
+            sources.append(self._labelled_chunks(batch_size))
+        return self._clone(Chunks(*map(th.cat, zip(*sources, strict=True))))
+
+    @th.no_grad()
+    def _executed_chunks(self, batch_size: int) -> Chunks:
+        """Chunks from replay, weighted by their advantage or not."""
+        horizon, by_advantage = self.policy.action_horizon, self.distill_weighting == "advantage"
+        length = self.sequence_length if by_advantage else horizon
+        batch = self._sample_batch(batch_size, length, self.distill_offline_fraction)
+        features, weights = self._features(batch), batch.mask[:, :horizon]
+        if by_advantage:
+            returns, values, _ = self._compute_returns(batch, features)
+            weights = weights * self._advantage_weights(returns[:, 0] - values[:, 0])[:, None]
+        return Chunks(features[:, 0], batch.actions[:, :horizon], weights)
+
+    @th.no_grad()
+    def _labelled_chunks(self, batch_size: int) -> Chunks:
+        obs, actions = self._label_buffer.sample(batch_size, self.device)
+        return Chunks(self.policy.features(obs), actions, th.ones_like(actions[..., 0]))
 
     def _advantage_weights(self, advantages: th.Tensor) -> th.Tensor:
         """exp(β A / σ_A) with A = G^λ - V(s), centred, clipped, of mean one ``(B,)`` (AWR, arXiv:1910.00177)."""
@@ -315,8 +353,9 @@ class MODIP(DiffusionAlgorithm):
         return weights / weights.mean()
 
     def _relabel(self, num_states: int) -> None:
-        """Plan at states of the batch distribution and keep the chunks for the policy to clone."""
-        obs = map_obs(lambda array: array[:, 0], self._sample_batch(num_states).observations)
+        """Plan at states of the policy's batches and keep the chunks for it to clone."""
+        batch = self._sample_batch(num_states, 1, self.distill_offline_fraction)
+        obs = map_obs(lambda array: array[:, 0], batch.observations)
         self.policy.set_training_mode(False)
         try:
             plan = self.policy.plan(obs, deterministic=True)
