@@ -332,14 +332,12 @@ class MODIP(DiffusionAlgorithm):
     @th.no_grad()
     def _executed_chunks(self, batch_size: int) -> Chunks:
         """Chunks from replay, weighted by their advantage or not."""
-        horizon, by_advantage = self.policy.action_horizon, self.distill_weighting == "advantage"
-        length = self.sequence_length if by_advantage else horizon
-        batch = self._sample_batch(batch_size, length, self.distill_offline_fraction)
-        features, weights = self._features(batch), batch.mask[:, :horizon]
-        if by_advantage:
+        batch = self._sample_batch(batch_size, self.policy.action_horizon, self.distill_offline_fraction)
+        features, weights = self._features(batch), batch.mask
+        if self.distill_weighting == "advantage":
             returns, values, _ = self._compute_returns(batch, features)
             weights = weights * self._advantage_weights(returns[:, 0] - values[:, 0])[:, None]
-        return Chunks(features[:, 0], batch.actions[:, :horizon], weights)
+        return Chunks(features[:, 0], batch.actions, weights)
 
     @th.no_grad()
     def _labelled_chunks(self, batch_size: int) -> Chunks:
