@@ -207,6 +207,23 @@ class SequenceReplayBuffer(NStepReplayBuffer):
             return (np.random.randint(1, self.buffer_size, size=batch_size) + self.pos) % self.buffer_size
         return np.random.randint(0, self.size(), size=batch_size)
 
+    def episode_returns(self) -> tuple[np.ndarray, np.ndarray]:
+        """
+        :return: the undiscounted returns of the episodes that have ended, and their lengths ``(E,)``; what is left of an
+            episode whose beginning has been overwritten
+        """
+        oldest = self.pos + 1 if self.full and not self.closed else 0  # the row between holds only an observation
+        rows = np.arange(oldest, oldest + self.size() - (oldest > 0)) % self.buffer_size
+        returns, lengths = [], []
+        for env in range(self.n_envs):
+            ends = np.flatnonzero(self.dones[rows, env]) + 1
+            if len(ends) > 0:
+                starts = np.concatenate([[0], ends[:-1]])
+                returns.append(np.add.reduceat(self.rewards[rows[: ends[-1]], env], starts, dtype=np.float64))
+                lengths.append(ends - starts)
+        empty = [np.zeros(0)]
+        return np.concatenate(returns or empty), np.concatenate(lengths or empty)
+
     def sample_sequences(self, batch_size: int, length: int, env: VecNormalize | None = None) -> SequenceBatch:
         """
         Sequences from uniformly drawn starts; none crosses an episode's end.

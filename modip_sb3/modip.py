@@ -14,6 +14,7 @@ from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, 
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
+from modip_sb3.mixing import offline_share
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS
 from modip_sb3.policies import ActingMode, MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -72,7 +73,8 @@ class MODIP(DiffusionAlgorithm):
     :param expectile: τ of the state value; towards 1 it takes the best action in the data for granted
     :param rho: weight of each further step of the model's rollout in its losses
     :param distill_steps: updates of the policy in each update, on batches of their own
-    :param distill_offline_fraction: share of offline chunks in those batches; the policy stays near the data with more
+    :param distill_offline_fraction: share of offline chunks in those batches; "auto" lowers it as the episodes of
+        ``learn()`` become better than those of the data, see :func:`~modip_sb3.mixing.offline_share`
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
         "both"
     :param distill_weighting: "advantage" weights executed chunks by exp(β A / σ_A), "uniform" is the paper's loss
@@ -124,7 +126,7 @@ class MODIP(DiffusionAlgorithm):
         expectile: float = 0.7,
         rho: float = 0.5,
         distill_steps: int = 1,
-        distill_offline_fraction: float = 0.0,
+        distill_offline_fraction: float | Literal["auto"] = "auto",
         distill_from: Literal["executed", "relabel", "both"] = "executed",
         distill_weighting: Literal["advantage", "uniform"] = "advantage",
         distill_beta: float = 2.0,
@@ -174,7 +176,8 @@ class MODIP(DiffusionAlgorithm):
         check_count(1, relabel_freq=relabel_freq)
         check_at_least(0, distill_beta=distill_beta, max_grad_norm=max_grad_norm)
         check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho, actor_tau=actor_tau)
-        check_fraction(distill_offline_fraction=distill_offline_fraction)
+        if distill_offline_fraction != "auto":
+            check_fraction(distill_offline_fraction=distill_offline_fraction)
         check_choice("critic_target", critic_target, "v", "policy")
         check_choice("distill_from", distill_from, "executed", "relabel", "both")
         check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
@@ -207,10 +210,11 @@ class MODIP(DiffusionAlgorithm):
                 f"action_horizon={self.policy.action_horizon}: set both to the same length in policy_kwargs."
             )
         self._label_buffer = LabelBuffer(10_000)
+        self._offline_share, self._share_since = 1.0, -1
         self._setup_optimizers()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_label_buffer"]
+        return [*super()._excluded_save_params(), "_label_buffer", "_offline_share", "_share_since"]
 
     def _setup_optimizers(self) -> None:
         self.model_optimizer = self._make_model_optimizer()
@@ -329,10 +333,22 @@ class MODIP(DiffusionAlgorithm):
             sources.append(self._labelled_chunks(batch_size))
         return self._clone(Chunks(*map(th.cat, zip(*sources, strict=True))))
 
+    def _sample_distilled(self, batch_size: int, length: int) -> SequenceBatch:
+        """From offline data and replay, in the shares that are to be cloned."""
+        share = self.distill_offline_fraction
+        if share == "auto":
+            if self._offline_buffers and self._share_since != self._episode_num:
+                offline = [buffer.episode_returns() for buffer in self._offline_buffers]
+                self._offline_share = offline_share(offline, self._offline_shares, self.replay_buffer.episode_returns())
+                self._share_since = self._episode_num
+                self.logger.record("train/offline_share", self._offline_share)
+            share = self._offline_share
+        return self._sample_batch(batch_size, length, share)
+
     @th.no_grad()
     def _executed_chunks(self, batch_size: int) -> Chunks:
         """Chunks from replay, weighted by their advantage or not."""
-        batch = self._sample_batch(batch_size, self.policy.action_horizon, self.distill_offline_fraction)
+        batch = self._sample_distilled(batch_size, self.policy.action_horizon)
         features, weights = self._features(batch), batch.mask
         if self.distill_weighting == "advantage":
             returns, values, _ = self._compute_returns(batch, features)
@@ -352,8 +368,7 @@ class MODIP(DiffusionAlgorithm):
 
     def _relabel(self, num_states: int) -> None:
         """Plan at states of the policy's batches and keep the chunks for it to clone."""
-        batch = self._sample_batch(num_states, 1, self.distill_offline_fraction)
-        obs = map_obs(lambda array: array[:, 0], batch.observations)
+        obs = map_obs(lambda array: array[:, 0], self._sample_distilled(num_states, 1).observations)
         self.policy.set_training_mode(False)
         try:
             plan = self.policy.plan(obs, deterministic=True)
