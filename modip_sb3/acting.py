@@ -75,7 +75,8 @@ class ActingPolicy(BasePolicy):
             none
         :param mode: who acts
         :param deterministic: the same output for the same input
-        :return: actions in [-1, 1] ``(B, A)``, the next state, and the plan if one was made
+        :return: actions in [-1, 1] ``(B, A)``, the next state, and the plans of the environments whose position is 1 in
+            it, None if no plan was made
         """
 
     def features(self, obs: PyTorchObs) -> th.Tensor:

@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
+from stable_baselines3.common.type_aliases import MaybeCallback, PyTorchObs, RolloutReturn
 from stable_baselines3.common.utils import configure_logger, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
@@ -22,7 +22,7 @@ from modip_sb3.checks import BUFFER_ARGUMENTS, check_choice, check_count, check_
 from modip_sb3.datasets import DatasetSources, OfflineDataset
 from modip_sb3.faults import check_actions
 from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
-from modip_sb3.planner import PlanTracker
+from modip_sb3.planner import Plan, PlanTracker
 from modip_sb3.resume import CheckpointCallback
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
@@ -283,17 +283,21 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
             return super()._sample_action(learning_starts, action_noise, n_envs)
         assert self._last_obs is not None and self._chunk_state is not None
         obs, _ = self.policy.obs_to_tensor(self._last_obs)
-        actions, self._chunk_state, plan = self.policy.act(
-            obs, self._chunk_state, self.rollout_with, deterministic=False
-        )
+        actions, self._chunk_state, plan = self._act(obs, self._chunk_state)
         check_actions(actions)
         if plan is not None:
-            self._plan_tracker.start(plan.value.cpu().numpy())
+            predicted = np.full(n_envs, np.nan)
+            predicted[self._chunk_state[1] == 1] = plan.value.cpu().numpy()
+            self._plan_tracker.start(predicted)
             self.logger.record_mean("rollout/plan_gain", (plan.value - plan.proposal_value).mean().item())
         scaled_actions = actions.reshape(n_envs, *self.action_space.shape)
         if action_noise is not None:
             scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
         return self.policy.unscale_action(scaled_actions), scaled_actions
+
+    def _act(self, obs: PyTorchObs, state: ChunkState) -> tuple[np.ndarray, ChunkState, Plan | None]:
+        """What is executed in ``learn()``, before action noise; see :meth:`ActingPolicy.act`."""
+        return self.policy.act(obs, state, self.rollout_with, deterministic=False)
 
     def _store_transition(
         self,

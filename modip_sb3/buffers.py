@@ -209,8 +209,8 @@ class SequenceReplayBuffer(NStepReplayBuffer):
 
     def episode_returns(self) -> tuple[np.ndarray, np.ndarray]:
         """
-        :return: the undiscounted returns of the episodes that have ended, and their lengths ``(E,)``; what is left of an
-            episode whose beginning has been overwritten
+        :return: the undiscounted returns of the episodes that have ended, and their lengths ``(E,)``; of what is left
+            where an episode's beginning has been overwritten
         """
         oldest = self.pos + 1 if self.full and not self.closed else 0  # the row between holds only an observation
         rows = np.arange(oldest, oldest + self.size() - (oldest > 0)) % self.buffer_size

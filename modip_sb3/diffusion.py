@@ -117,16 +117,17 @@ class DiffusionModel(nn.Module):
         return loss, {"actor_loss": loss.detach()}
 
     @th.no_grad()
-    def sample(self, condition: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
+    def sample(self, condition: th.Tensor, noise: th.Tensor | None = None, temperature: float = 1.0) -> th.Tensor:
         """
         :param condition: observation features ``(B, C)``
         :param noise: where the denoising starts ``(B, T, A)``; None draws it. Given, the result is a function of the
             arguments alone, with a stochastic scheduler too
+        :param temperature: scale of the noise where it is drawn
         :return: action chunks in [-1, 1] ``(B, T, A)``
         """
         fixed = noise is not None
         if noise is None:
-            noise = th.randn(len(condition), *self.chunk_shape, device=condition.device)
+            noise = temperature * th.randn(len(condition), *self.chunk_shape, device=condition.device)
         with self.denoiser.sampling(len(noise)):
             if self.steps is None:
                 chunks = self._sample_by_scheduler(condition, noise, fixed)
@@ -204,9 +205,9 @@ class GaussianModel(nn.Module):
         return loss, {"actor_loss": loss.detach()}
 
     @th.no_grad()
-    def sample(self, condition: th.Tensor, noise: th.Tensor | None = None) -> th.Tensor:
+    def sample(self, condition: th.Tensor, noise: th.Tensor | None = None, temperature: float = 1.0) -> th.Tensor:
         """Chunks at ``mean + std * noise``; parameters as in :meth:`DiffusionModel.sample`."""
         distribution = self._distribution(condition)
         if noise is None:
-            noise = th.randn_like(distribution.mean)
+            noise = temperature * th.randn_like(distribution.mean)
         return (distribution.mean + distribution.stddev * noise).clamp(-1, 1)

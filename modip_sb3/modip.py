@@ -2,11 +2,12 @@
 
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
-from stable_baselines3.common.type_aliases import GymEnv, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import Metrics, Phase
@@ -15,8 +16,8 @@ from modip_sb3.checks import check_at_least, check_choice, check_count, check_fr
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.mixing import offline_share
-from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS
-from modip_sb3.policies import ActingMode, MODIPPolicy
+from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
+from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
 from modip_sb3.world_model import compute_world_model_loss
 
@@ -65,6 +66,8 @@ class MODIP(DiffusionAlgorithm):
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
+    :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; by
+        default 1 without offline data, and with it ``n_action_steps`` of the policy, which clones what was executed
     :param inference: what ``predict()`` uses, "policy" or "planner"
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the best of the policy's proposals
         is taken where there is offline data, and the search is wide otherwise
@@ -119,6 +122,7 @@ class MODIP(DiffusionAlgorithm):
         pretrain_steps: int = 10_000,
         offline_fraction: float = 0.5,
         rollout_with: ActingMode = "planner",
+        n_plan_steps: int | None = None,
         inference: ActingMode = "policy",
         planner_kwargs: dict[str, Any] | None = None,
         critic_target: Literal["v", "policy"] = "v",
@@ -184,6 +188,7 @@ class MODIP(DiffusionAlgorithm):
         check_keywords("planner_kwargs", planner_kwargs, MPPI, *PLANNER_ARGUMENTS)
         self.planner_defaults = SEARCH_WIDELY if offline_dataset is None else RANK_PROPOSALS
         self.planner_kwargs = dict(planner_kwargs or {})
+        self.n_plan_steps = n_plan_steps
         self.critic_target = critic_target
         self.td_lambda = td_lambda
         self.expectile = expectile
@@ -204,6 +209,15 @@ class MODIP(DiffusionAlgorithm):
         self.policy.inference = self.inference
         self.policy.planner_kwargs = {"gamma": self.gamma, **self.planner_defaults, **self.planner_kwargs}
         self.policy.check_planner()
+        if self.n_plan_steps is None:
+            longest = min(self.policy.n_action_steps, self.policy.horizon)
+            self.n_plan_steps = 1 if self.offline_dataset is None else longest
+        check_count(1, n_plan_steps=self.n_plan_steps)
+        if self.n_plan_steps > self.policy.horizon:
+            raise ValueError(
+                f"n_plan_steps={self.n_plan_steps} must not exceed the plans' horizon={self.policy.horizon}: lower it, "
+                "or raise horizon in policy_kwargs."
+            )
         if self.distill_from != "executed" and self.policy.horizon != self.policy.action_horizon:
             raise ValueError(
                 f"distill_from={self.distill_from!r} clones plans of horizon={self.policy.horizon} as chunks of "
@@ -215,6 +229,10 @@ class MODIP(DiffusionAlgorithm):
 
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_label_buffer", "_offline_share", "_share_since"]
+
+    def _act(self, obs: PyTorchObs, state: ChunkState) -> tuple[np.ndarray, ChunkState, Plan | None]:
+        assert self.n_plan_steps is not None
+        return self.policy.act(obs, state, self.rollout_with, deterministic=False, n_plan_steps=self.n_plan_steps)
 
     def _setup_optimizers(self) -> None:
         self.model_optimizer = self._make_model_optimizer()

@@ -192,9 +192,9 @@ class PlanTracker:
 
     def start(self, predicted: np.ndarray) -> None:
         """
-        :param predicted: scores of the plans that are about to be executed ``(n_envs,)``
+        :param predicted: scores of the plans that are about to be executed, NaN for none ``(n_envs,)``
         """
-        idle = self.age < 0
+        idle = (self.age < 0) & ~np.isnan(predicted)
         self.predicted[idle], self.realized[idle], self.age[idle] = predicted[idle], 0.0, 0
 
     def step(self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> None:

@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolicy
 from modip_sb3.buffers import map_obs
-from modip_sb3.checks import check_choice, check_count, check_keywords
+from modip_sb3.checks import check_at_least, check_choice, check_count, check_keywords
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.denoisers import Denoiser, MLPDenoiser, UNetDenoiser
 from modip_sb3.diffusion import DiffusionModel, GaussianModel
@@ -44,6 +44,8 @@ class DiffusionPolicy(ActingPolicy):
     :param sample_scheduler: class name of the diffusers scheduler for sampling
     :param scheduler_kwargs: arguments of both schedulers
     :param num_inference_steps: denoising steps of one sample
+    :param sampling_temperature: scale of the noise that the policy's own chunks start from; below 1 they keep closer
+        to what is most likely (low-temperature sampling, Decision Diffuser, arXiv:2211.15657)
     :param features_extractor_class: features extractor
     :param features_extractor_kwargs: its keyword arguments
     :param normalize_images: unused, as images are not supported
@@ -68,6 +70,7 @@ class DiffusionPolicy(ActingPolicy):
         sample_scheduler: str = "DDIMScheduler",
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
+        sampling_temperature: float = 1.0,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -85,6 +88,7 @@ class DiffusionPolicy(ActingPolicy):
         )
         check_count(1, action_horizon=action_horizon, num_inference_steps=num_inference_steps)
         check_count(0, n_action_steps=n_action_steps)
+        check_at_least(0, sampling_temperature=sampling_temperature)
         if not 1 <= n_action_steps <= action_horizon:
             raise ValueError(
                 f"n_action_steps={n_action_steps} must lie between 1 and action_horizon={action_horizon}: a chunk is "
@@ -96,6 +100,7 @@ class DiffusionPolicy(ActingPolicy):
         self.net_arch = DEFAULT_NET_ARCH[denoiser] if net_arch is None else net_arch
         self.action_horizon = self.horizon = action_horizon
         self.n_action_steps, self.inference = n_action_steps, "policy"
+        self.sampling_temperature = sampling_temperature
         self.diffusion_kwargs: dict[str, Any] = {
             "train_scheduler": train_scheduler,
             "sample_scheduler": sample_scheduler,
@@ -134,6 +139,7 @@ class DiffusionPolicy(ActingPolicy):
             proposal=self.proposal,
             action_horizon=self.action_horizon,
             n_action_steps=self.n_action_steps,
+            sampling_temperature=self.sampling_temperature,
             features_extractor_class=self.features_extractor_class,
             features_extractor_kwargs=self.features_extractor_kwargs,
             optimizer_class=self.optimizer_class,
@@ -162,7 +168,7 @@ class DiffusionPolicy(ActingPolicy):
         :return: action chunks of the EMA actor in [-1, 1] ``(N, T, A)``
         """
         noise = condition.new_zeros(len(condition), *self.chunk_shape) if deterministic else None
-        return self.actor_ema.sample(condition, noise)
+        return self.actor_ema.sample(condition, noise, self.sampling_temperature)
 
     def act(
         self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool
@@ -203,6 +209,8 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     :param sample_scheduler: class name of the diffusers scheduler for sampling
     :param scheduler_kwargs: arguments of both schedulers
     :param num_inference_steps: denoising steps of one sample
+    :param sampling_temperature: scale of the noise that the policy's own chunks start from, not the proposals; below 1
+        they keep closer to what is most likely (low-temperature sampling, Decision Diffuser, arXiv:2211.15657)
     :param latent_dim: size of the world model's latent state
     :param n_critics: members of the V and of the Q ensemble
     :param features_extractor_class: features extractor
@@ -231,6 +239,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         sample_scheduler: str = "DDIMScheduler",
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
+        sampling_temperature: float = 0.5,
         latent_dim: int = 128,
         n_critics: int = 2,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
@@ -264,6 +273,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
             sample_scheduler,
             scheduler_kwargs,
             num_inference_steps,
+            sampling_temperature,
             features_extractor_class,
             features_extractor_kwargs,
             normalize_images,
@@ -340,16 +350,25 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         return self.critic(latents, self.sample_chunks(latents, deterministic=True)[:, 0])
 
     def act(
-        self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool
+        self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool, n_plan_steps: int = 1
     ) -> tuple[np.ndarray, ChunkState, Plan | None]:
         """
         "policy" executes chunks of the actor, each to its end; "planner" plans at every step, warm-started from the
-        last plan; see :meth:`PlanningPolicy.act`.
+        last plan, or executes ``n_plan_steps`` actions of each plan; see :meth:`PlanningPolicy.act`.
         """
         if mode == "policy":
             return super().act(obs, state, mode, deterministic)
-        last_mean = th.as_tensor(state[0], device=self.device)
-        warm_start = th.cat([last_mean[:, 1:], last_mean[:, -1:]], dim=1)
-        warm_start[state[1] < 0] = th.nan
-        plan = self.plan(obs, warm_start, deterministic)
-        return plan.actions[:, 0].cpu().numpy(), (plan.mean.cpu().numpy(), np.ones_like(state[1])), plan
+        plans, position = state[0].copy(), state[1].copy()
+        due, plan = (position < 0) | (position >= n_plan_steps), None
+        if due.any():
+            index = th.as_tensor(np.flatnonzero(due), device=self.device)
+            last = th.as_tensor(plans[due], device=self.device)
+            warm_start = th.cat([last[:, n_plan_steps:], last[:, -1:].expand(-1, n_plan_steps, -1)], dim=1)
+            warm_start[position[due] < 0] = th.nan
+            plan = self.plan(map_obs(lambda part: part[index], obs), warm_start, deterministic)
+            plans[due] = (plan.mean if n_plan_steps == 1 else plan.actions).cpu().numpy()
+            position[due] = 0
+        actions = plans[np.arange(len(position)), position]
+        if plan is not None:
+            actions[due] = plan.actions[:, 0].cpu().numpy()
+        return actions, (plans, position + 1), plan

@@ -33,6 +33,7 @@ _MAY_DIFFER = {
     "optimizer_kwargs",
     "planner_kwargs",
     "sample_scheduler",
+    "sampling_temperature",
 }
 # A file names classes; only these are taken on its word
 _KNOWN_CLASSES = {

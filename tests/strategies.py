@@ -137,6 +137,7 @@ DIFFUSION = POLICY | {
     "sample_scheduler": choice("DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"),
     "scheduler_kwargs": keywords(st.fixed_dictionaries({}, optional={k: s.good for k, s in SCHEDULER_KWARGS.items()})),
     "num_inference_steps": count(1, 3),
+    "sampling_temperature": at_least_zero(2),
 }
 WORLD_MODEL = {
     "latent_dim": Setting(st.sampled_from([8, 16]), count(1, 1).bad | st.integers(1, 100).filter(lambda n: n % 8 != 0)),
@@ -201,6 +202,11 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "td_lambda": fraction(),
         "expectile": fraction(),
         "rho": fraction(),
+        "n_plan_steps": optional(count(1, 1)),
+        "distill_steps": count(0, 2),
+        "distill_offline_fraction": Setting(
+            fraction().good | st.just("auto"), fraction().bad.filter(lambda value: not isinstance(value, str))
+        ),
         "distill_from": choice("executed", "relabel", "both"),
         "distill_weighting": choice("advantage", "uniform"),
         "distill_beta": at_least_zero(10),

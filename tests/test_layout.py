@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modip_sb3"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BLOCKS = {"networks", "checks", "storage"}
+BLOCKS = {"networks", "checks", "mixing", "storage"}
 PARTS = {"denoisers", "schedulers", "diffusion", "world_model", "critics", "planner", "buffers", "datasets"}
 PARTS |= {"env_state"}
 ON_THE_PARTS = {"acting", "policies", "offline", "weights", "base", "modip", "baselines", "envs"}

@@ -1,0 +1,238 @@
+"""What the policy clones: whose chunks, in which shares, how they were executed, and how it samples what it learned."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch as th
+from walk import MakeModel, Recorder, Walk, observations, parameters, record_walk, vec_walk
+
+from modip_sb3 import MODIP
+from modip_sb3.baselines import DiffusionBC
+from modip_sb3.buffers import SequenceReplayBuffer
+from modip_sb3.mixing import PRIOR_STEPS, offline_share
+from modip_sb3.planner import Plan
+
+# ------------------------------------------------------------------ shares
+
+
+def episodes(*pairs: tuple[float, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Returns and lengths."""
+    returns, lengths = zip(*pairs, strict=True) if pairs else ((), ())
+    return np.array(returns, float), np.array(lengths, int)
+
+
+def test_share_before_experience() -> None:
+    assert offline_share([episodes((5.0, 10))], [1.0], episodes()) == 1
+
+
+@pytest.mark.parametrize(("online", "better"), [(4.0, 1.0), (5.0, 0.75), (6.0, 0.5), (7.0, 0.25), (8.0, 0.0)])
+def test_share_counts_steps_and_half_of_the_ties(online: float, better: float) -> None:
+    offline = [episodes((5.0, 100), (7.0, 50), (7.0, 50))]
+    share = offline_share(offline, [1.0], episodes((online, 3 * PRIOR_STEPS)))
+    assert share == pytest.approx((1 + 3 * better) / 4)
+
+
+def test_share_follows_the_sources_weights() -> None:
+    sources = [episodes((0.0, 1000)), episodes((9.0, 1))]
+    share = offline_share(sources, [0.3, 0.7], episodes((5.0, PRIOR_STEPS)))
+    assert share == pytest.approx((1 + 0.7) / 2)
+
+
+def test_share_is_the_probability_of_drawn_steps() -> None:
+    rng = np.random.default_rng(0)
+    sources = [(rng.integers(0, 9, n).astype(float), rng.integers(1, 50, n)) for n in (5, 8)]
+    online = rng.integers(0, 9, 6).astype(float), rng.integers(500, 2000, 6)
+    weights = np.array([0.4, 0.6])
+    offline = np.concatenate([rng.choice(np.repeat(*s), int(w * 1e5)) for s, w in zip(sources, weights, strict=True)])
+    drawn = rng.choice(np.repeat(*online), len(offline))
+    better = (offline > drawn).mean() + (offline == drawn).mean() / 2
+    steps = online[1].sum()
+    expected = (PRIOR_STEPS + steps * better) / (PRIOR_STEPS + steps)
+    assert offline_share(sources, weights, online) == pytest.approx(expected, abs=0.01)
+
+
+def add(buffer: SequenceReplayBuffer, rewards: list[float], dones: list[int]) -> None:
+    obs = np.zeros((buffer.n_envs, 2), np.float32)
+    infos: list[dict[str, Any]] = [{} for _ in rewards]
+    buffer.add(obs, obs, np.zeros((buffer.n_envs, 1)), np.array(rewards), np.array(dones), infos)
+
+
+def returns_of(buffer: SequenceReplayBuffer) -> list[tuple[float, int]]:
+    return sorted(zip(*(part.tolist() for part in buffer.episode_returns()), strict=True))
+
+
+def test_episode_returns_by_hand() -> None:
+    buffer = SequenceReplayBuffer(10, *vec_walk_spaces(), n_envs=2)
+    assert returns_of(buffer) == []
+    for step, dones in enumerate([[0, 1], [1, 0], [0, 0], [0, 1]]):
+        add(buffer, [float(step), 10.0 + step], dones)
+    assert returns_of(buffer) == [(1.0, 2), (10.0, 1), (36.0, 3)]  # the first environment's second goes on
+
+
+@pytest.mark.parametrize(("size", "expected"), [(6, (26.0, 4)), (4, (15.0, 2))])
+def test_episode_returns_of_a_buffer_that_wrapped(size: int, expected: tuple[float, int]) -> None:
+    buffer = SequenceReplayBuffer(size, *vec_walk_spaces())
+    for step in range(1, 10):
+        add(buffer, [float(step)], [int(step % 4 == 0)])
+    assert returns_of(buffer) == [expected]  # of steps 5 to 8, of which the smaller one has 7 and 8
+
+
+def test_episode_returns_of_offline_data(make_model: MakeModel) -> None:
+    arrays = record_walk()
+    model = make_model(Walk(), offline_dataset=arrays).pretrain(1)
+    ends = np.flatnonzero(arrays["terminations"] | arrays["truncations"]) + 1
+    parts = np.split(arrays["rewards"], ends)
+    expected = sorted((part.sum(), len(part)) for part in parts if len(part) > 0)
+    np.testing.assert_allclose(returns_of(model._offline_buffers[0]), expected, rtol=1e-5)
+
+
+def vec_walk_spaces() -> tuple[Any, Any]:
+    env = Walk()
+    return env.observation_space, env.action_space
+
+
+# ------------------------------------------------------------------ batches
+
+
+def far_walk() -> dict[str, Any]:
+    """Offline data whose actions are all 1."""
+    arrays = record_walk()
+    arrays["actions"] = np.ones_like(arrays["actions"])
+    return arrays
+
+
+@pytest.mark.parametrize(("fraction", "expected"), [(0.0, 0.0), (0.25, 0.25), (1.0, 1.0)])
+def test_the_policy_clones_the_share_it_is_told(make_model: MakeModel, fraction: float, expected: float) -> None:
+    model = make_model(Walk(), offline_dataset=far_walk(), distill_offline_fraction=fraction, rollout_with="policy")
+    model.learn(20)
+    model.replay_buffer.actions[:] = -1
+    chunks = model._executed_chunks(400)
+    assert (
+        chunks.actions.shape == (400, 4, 1) and chunks.features.shape == (400, 2) and chunks.weights.shape == (400, 4)
+    )
+    assert (chunks.actions[:, 0] == 1).float().mean() == expected
+
+
+def test_the_share_falls_with_better_episodes(make_model: MakeModel) -> None:
+    model = make_model(vec_walk(4), offline_dataset=record_walk())
+    recorder = Recorder()
+    model.learn(80, recorder)
+    assert "train/offline_share" in recorder.keys
+    shares = []
+    for reward in (-100.0, 100.0):
+        model.replay_buffer.rewards[:] = reward
+        model._episode_num += 1
+        model._sample_distilled(8, 4)
+        shares.append(model._offline_share)
+    num_steps = model.replay_buffer.episode_returns()[1].sum()
+    assert shares == [1.0, pytest.approx(PRIOR_STEPS / (PRIOR_STEPS + num_steps))]
+
+
+def test_without_data_everything_is_experience(make_model: MakeModel) -> None:
+    model = make_model(Walk()).learn(20)
+    assert len(model._executed_chunks(30).actions) == 30
+
+
+@pytest.mark.parametrize("distill_steps", [0, 1, 3])
+def test_updates_of_the_policy(make_model: MakeModel, distill_steps: int) -> None:
+    model = make_model(Walk(), offline_dataset=record_walk(), distill_steps=distill_steps)
+    model.pretrain(5)
+    before, steps = parameters(model), steps_of(model)
+    model.learn(14)
+    assert steps_of(model) - steps == distill_steps * model._n_updates > 0 or distill_steps == 0
+    changed = [name for name, value in parameters(model).items() if not th.equal(value, before[name])]
+    assert any(name.startswith("actor") for name in changed) == (distill_steps > 0)
+    assert any(name.startswith("critic") for name in changed)
+
+
+def steps_of(model: MODIP) -> int:
+    return int(next(iter(model.actor_optimizer.state.values()))["step"])
+
+
+def test_wrong_settings_of_the_distillation(make_model: MakeModel) -> None:
+    for wrong, message in [
+        ({"distill_steps": -1}, "distill_steps=-1"),
+        ({"distill_offline_fraction": 1.5}, "distill_offline_fraction=1.5"),
+        ({"distill_offline_fraction": "half"}, "distill_offline_fraction='half'"),
+        ({"n_plan_steps": 0}, "n_plan_steps=0"),
+        ({"n_plan_steps": 5}, "n_plan_steps=5 must not exceed the plans' horizon=4"),
+        ({"policy_kwargs": {"sampling_temperature": -0.1}}, "sampling_temperature=-0.1"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=message):
+            make_model(Walk(), **wrong)
+
+
+# ------------------------------------------------------------------ plans that are executed for several steps
+
+
+def test_plans_are_executed_to_their_end_or_the_episodes(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(vec_walk(3), learning_starts=0, gradient_steps=0, n_plan_steps=3)
+    plans: list[Plan] = []
+    plan = model.policy.plan
+
+    def record(*args: Any) -> Plan:
+        plans.append(plan(*args))
+        return plans[-1]
+
+    monkeypatch.setattr(model.policy, "plan", record)
+    recorder = Recorder()
+    model.learn(120, recorder)
+    made, position, chunks = iter(plans), np.full(3, -1), np.zeros((3, 4, 1))
+    for actions, dones in zip(recorder.actions, recorder.dones, strict=True):
+        due = (position < 0) | (position == 3)
+        if due.any():
+            chunks[due], position[due] = next(made).actions.numpy(), 0
+        np.testing.assert_array_equal(actions, chunks[np.arange(3), position])
+        position = np.where(dones, -1, position + 1)
+    assert next(made, None) is None and len({len(p.actions) for p in plans}) > 1  # some were made for some alone
+
+
+def test_promises_are_kept_track_of(make_model: MakeModel) -> None:
+    recorder = Recorder()
+    make_model(vec_walk(3), learning_starts=0, n_plan_steps=2, policy_kwargs={"horizon": 2}).learn(60, recorder)
+    assert {"rollout/plan_predicted", "rollout/plan_realized", "rollout/plan_gain"} <= recorder.keys
+
+
+@pytest.mark.parametrize(
+    ("policy_kwargs", "with_data", "expected"),
+    [({}, False, 1), ({}, True, 4), ({"n_action_steps": 2}, True, 2), ({"horizon": 3}, True, 3)],
+)
+def test_default_steps_of_a_plan(
+    make_model: MakeModel, policy_kwargs: dict[str, Any], with_data: bool, expected: int
+) -> None:
+    model = make_model(Walk(), offline_dataset=record_walk() if with_data else None, policy_kwargs=policy_kwargs)
+    assert model.n_plan_steps == expected
+
+
+def test_predict_plans_at_every_step(make_model: MakeModel) -> None:
+    model = make_model(Walk(), offline_dataset=record_walk(), inference="planner").learn(12)
+    obs, state = observations(model, 1), None
+    fresh, state = model.predict(obs, state, deterministic=True)
+    for _ in range(3):
+        action, state = model.predict(obs, state, deterministic=True)
+        np.testing.assert_array_equal(action, fresh)
+
+
+# ------------------------------------------------------------------ temperature
+
+
+@pytest.mark.parametrize("proposal", ["diffusion", "gaussian"])
+def test_temperature_scales_the_spread_of_the_policy_alone(make_model: MakeModel, proposal: str) -> None:
+    own, proposed = [], []
+    for temperature in (0.0, 0.5, 1.0):
+        settings = {"sampling_temperature": temperature, "proposal": proposal, "num_proposals": 500}
+        model = make_model(Walk(), policy_kwargs=settings, planner_kwargs={"num_samples": 0, "num_elites": 500})
+        own.append(model.policy.sample_chunks(th.zeros(500, 2)))
+        th.manual_seed(0)
+        proposed.append(model.policy.plan(th.zeros(1, 2)).std)
+    th.testing.assert_close(own[0], model.policy.sample_chunks(th.zeros(500, 2), deterministic=True))
+    assert own[1].std(0).mean() < 0.9 * own[2].std(0).mean()
+    assert proposed[0].equal(proposed[2]) and proposed[1].equal(proposed[2])
+
+
+def test_a_clone_acts_as_the_data_do_and_modip_colder() -> None:
+    assert DiffusionBC("MlpPolicy", Walk(), offline_dataset=record_walk()).policy.sampling_temperature == 1
+    assert MODIP("MlpPolicy", Walk()).policy.sampling_temperature == 0.5
