@@ -205,6 +205,7 @@ class TwoHot(nn.Module):
         :param logits: ``(..., num_bins)``
         :return: the expected scalar ``(...)``
         """
+        # Not a matrix product: its rounding depends on a row's place in the batch, and would break ties of equal rows
         symlog = (F.softmax(logits, dim=-1) * self.bins).sum(-1)
         return symlog.sign() * th.expm1(symlog.abs())
 
