@@ -67,7 +67,7 @@ class MODIP(DiffusionAlgorithm):
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
     :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; by
-        default 1 without offline data, and with it ``n_action_steps`` of the policy, which clones what was executed
+        default as many as the policy executes a chunk for, which clones what was executed
     :param inference: what ``predict()`` uses, "policy" or "planner"
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the best of the policy's proposals
         is taken where there is offline data, and the search is wide otherwise
@@ -210,8 +210,7 @@ class MODIP(DiffusionAlgorithm):
         self.policy.planner_kwargs = {"gamma": self.gamma, **self.planner_defaults, **self.planner_kwargs}
         self.policy.check_planner()
         if self.n_plan_steps is None:
-            longest = min(self.policy.n_action_steps, self.policy.horizon)
-            self.n_plan_steps = 1 if self.offline_dataset is None else longest
+            self.n_plan_steps = min(self.policy.n_action_steps, self.policy.horizon)
         check_count(1, n_plan_steps=self.n_plan_steps)
         if self.n_plan_steps > self.policy.horizon:
             raise ValueError(

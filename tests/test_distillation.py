@@ -196,15 +196,9 @@ def test_promises_are_kept_track_of(make_model: MakeModel) -> None:
     assert {"rollout/plan_predicted", "rollout/plan_realized", "rollout/plan_gain"} <= recorder.keys
 
 
-@pytest.mark.parametrize(
-    ("policy_kwargs", "with_data", "expected"),
-    [({}, False, 1), ({}, True, 4), ({"n_action_steps": 2}, True, 2), ({"horizon": 3}, True, 3)],
-)
-def test_default_steps_of_a_plan(
-    make_model: MakeModel, policy_kwargs: dict[str, Any], with_data: bool, expected: int
-) -> None:
-    model = make_model(Walk(), offline_dataset=record_walk() if with_data else None, policy_kwargs=policy_kwargs)
-    assert model.n_plan_steps == expected
+@pytest.mark.parametrize(("policy_kwargs", "expected"), [({}, 4), ({"n_action_steps": 2}, 2), ({"horizon": 3}, 3)])
+def test_default_steps_of_a_plan(make_model: MakeModel, policy_kwargs: dict[str, Any], expected: int) -> None:
+    assert make_model(Walk(), policy_kwargs=policy_kwargs).n_plan_steps == expected
 
 
 def test_predict_plans_at_every_step(make_model: MakeModel) -> None:
