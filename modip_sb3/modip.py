@@ -201,6 +201,7 @@ class MODIP(DiffusionAlgorithm):
         self.relabel_freq = relabel_freq
         self.actor_tau = actor_tau
         self.max_grad_norm = max_grad_norm
+        self._offline_share, self._share_since = 1.0, -1
         if _init_setup_model:
             self._setup_model()
 
@@ -223,11 +224,10 @@ class MODIP(DiffusionAlgorithm):
                 f"action_horizon={self.policy.action_horizon}: set both to the same length in policy_kwargs."
             )
         self._label_buffer = LabelBuffer(10_000)
-        self._offline_share, self._share_since = 1.0, -1
         self._setup_optimizers()
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_label_buffer", "_offline_share", "_share_since"]
+        return [*super()._excluded_save_params(), "_label_buffer"]
 
     def _act(self, obs: PyTorchObs, state: ChunkState) -> tuple[np.ndarray, ChunkState, Plan | None]:
         assert self.n_plan_steps is not None
