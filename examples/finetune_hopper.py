@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--episodes", type=int, default=20, help="episodes of each evaluation in the table")
     parser.add_argument("--curve-episodes", type=int, default=10, help="episodes of each evaluation in the curves")
     parser.add_argument(
-        "--eval-freq", type=int, default=1250, help="environment steps between two points of the curves"
+        "--eval-freq", type=int, default=2500, help="environment steps between two points of the curves"
     )
     parser.add_argument("--output", type=Path, help="folder to write to, runs/hopper for Hopper-v5")
     args = parser.parse_args()
