@@ -139,7 +139,7 @@ def test_chunks_end_with_their_episode_in_learn(make_model: MakeModel) -> None:
 
 
 def test_plans_start_afresh_after_an_episode(make_model: MakeModel) -> None:
-    model = make_model(vec_walk(3), learning_starts=0, gradient_steps=0).learn(3)
+    model = make_model(vec_walk(3), learning_starts=0, gradient_steps=0, n_plan_steps=1).learn(3)
     for _ in range(20):
         recorder = Recorder()
         model.learn(3, recorder, reset_num_timesteps=False)
