@@ -156,7 +156,8 @@ def learning(clock: Clock, steps: int = 100) -> Iterator[Row]:
         model.learn(steps, reset_num_timesteps=False)
 
     whole, *parts = clock.medians(learn, step, act, update)
-    per_step = np.array(parts) * [1, 1, model.gradient_steps / model.train_freq.frequency]
+    assert model.n_plan_steps is not None
+    per_step = np.array(parts) * [1, 1 / model.n_plan_steps, model.gradient_steps / model.train_freq.frequency]
     names = ("env_ms", "plan_ms", "update_ms")
     details = dict(zip(names, (1e3 * per_step).tolist(), strict=True)) | {"learn_ms": 1e3 * whole / steps}
     value = per_step.sum() * steps / whole
