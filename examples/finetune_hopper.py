@@ -149,16 +149,16 @@ def main() -> None:
     parser.add_argument("--denoiser", choices=["mlp", "unet"], default="mlp")
     parser.add_argument("--env", default="Hopper-v5", help="Hopper-v5, Walker2d-v5 or HalfCheetah-v5")
     parser.add_argument("--dataset", default=DATASET, help="Minari id or folder, or HDF5 file, of that environment")
-    parser.add_argument("--pretrain", type=int, default=7500, help="updates of all networks in the offline phase")
-    parser.add_argument("--clone", type=int, default=2500, help="updates of the policy alone after them")
+    parser.add_argument("--pretrain", type=int, default=5000, help="updates of all networks in the offline phase")
+    parser.add_argument("--clone", type=int, default=4000, help="updates of the policy alone after them")
     parser.add_argument(
         "--bc-gap", type=int, default=2000, help="updates between two evaluations of BC that should agree"
     )
-    parser.add_argument("--timesteps", type=int, default=5000, help="environment steps of fine-tuning")
+    parser.add_argument("--timesteps", type=int, default=2500, help="environment steps of fine-tuning")
     parser.add_argument("--episodes", type=int, default=20, help="episodes of each evaluation in the table")
     parser.add_argument("--curve-episodes", type=int, default=10, help="episodes of each evaluation in the curves")
     parser.add_argument(
-        "--eval-freq", type=int, default=2500, help="environment steps between two points of the curves"
+        "--eval-freq", type=int, default=1250, help="environment steps between two points of the curves"
     )
     parser.add_argument("--output", type=Path, help="folder to write to, runs/hopper for Hopper-v5")
     args = parser.parse_args()

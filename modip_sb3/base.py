@@ -358,7 +358,14 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
     @staticmethod
     def _set_learning_rate(optimizer: th.optim.Optimizer, learning_rate: float) -> None:
         for group in optimizer.param_groups:
+            group["base_lr"] = learning_rate
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+
+    @staticmethod
+    def _scale_learning_rate(optimizer: th.optim.Optimizer, scale: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr_scale"] = scale
+            group["lr"] = group["base_lr"] * scale
 
     def _sample_offline(self, batch_size: int, length: int) -> SequenceBatch:
         vec_normalize = self._vec_normalize_env

@@ -84,6 +84,8 @@ class MODIP(DiffusionAlgorithm):
     :param distill_beta: β of the advantage weights; raising it clones fewer, better chunks
     :param relabel_freq: updates between two calls of the planner for a batch of labels
     :param actor_tau: rate at which the policy's exponential moving average follows
+    :param actor_decay_start: updates of the policy after which its learning rate falls with the inverse square root of
+        their number
     :param max_grad_norm: gradients are clipped to this norm
     :param stats_window_size: episodes that the rollout statistics average over
     :param tensorboard_log: where TensorBoard logs go
@@ -136,6 +138,7 @@ class MODIP(DiffusionAlgorithm):
         distill_beta: float = 2.0,
         relabel_freq: int = 50,
         actor_tau: float = 0.005,
+        actor_decay_start: int = 1000,
         max_grad_norm: float = 20.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -175,11 +178,14 @@ class MODIP(DiffusionAlgorithm):
             offline_fraction=offline_fraction,
             rollout_with=rollout_with,
             inference=inference,
+            actor_tau=actor_tau,
+            actor_decay_start=actor_decay_start,
+            max_grad_norm=max_grad_norm,
         )
         check_count(0, distill_steps=distill_steps)
         check_count(1, relabel_freq=relabel_freq)
-        check_at_least(0, distill_beta=distill_beta, max_grad_norm=max_grad_norm)
-        check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho, actor_tau=actor_tau)
+        check_at_least(0, distill_beta=distill_beta)
+        check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho)
         if distill_offline_fraction != "auto":
             check_fraction(distill_offline_fraction=distill_offline_fraction)
         check_choice("critic_target", critic_target, "v", "policy")
@@ -199,8 +205,6 @@ class MODIP(DiffusionAlgorithm):
         self.distill_weighting = distill_weighting
         self.distill_beta = distill_beta
         self.relabel_freq = relabel_freq
-        self.actor_tau = actor_tau
-        self.max_grad_norm = max_grad_norm
         self._offline_share, self._share_since = 1.0, -1
         if _init_setup_model:
             self._setup_model()
@@ -337,8 +341,7 @@ class MODIP(DiffusionAlgorithm):
         loss, metrics = policy.actor.compute_loss(
             chunks.actions, policy.actor_condition(chunks.features), chunks.weights
         )
-        self._optimize(self.actor_optimizer, loss)
-        polyak_update(policy.actor.parameters(), policy.actor_ema.parameters(), self.actor_tau)
+        self._update_actor(loss)
         return metrics
 
     def _distill(self, batch_size: int) -> Metrics:

@@ -55,6 +55,8 @@ class DiffusionPolicy(ActingPolicy):
 
     actor: DiffusionModel | GaussianModel
     actor_ema: DiffusionModel | GaussianModel
+    num_actor_updates: th.Tensor
+    """Steps of the denoising loss that the actor has had, a scalar."""
 
     def __init__(
         self,
@@ -119,6 +121,7 @@ class DiffusionPolicy(ActingPolicy):
     def _build_actor(self, condition_dim: int, net_arch: Sequence[int]) -> None:
         self.actor = self._make_actor(condition_dim, net_arch)
         self.actor_ema = deepcopy(self.actor).requires_grad_(False)
+        self.register_buffer("num_actor_updates", th.zeros(()))
 
     def _make_actor(self, condition_dim: int, net_arch: Sequence[int]) -> DiffusionModel | GaussianModel:
         if self.proposal == "gaussian":
@@ -239,7 +242,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         sample_scheduler: str = "DDIMScheduler",
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
-        sampling_temperature: float = 0.5,
+        sampling_temperature: float = 0.7,
         latent_dim: int = 128,
         n_critics: int = 2,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,

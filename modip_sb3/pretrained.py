@@ -2,12 +2,15 @@
 
 from typing import Any, Self
 
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.torch_layers import get_actor_critic_arch
 from stable_baselines3.common.type_aliases import GymEnv
+from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import OfflineToOnlineAlgorithm
+from modip_sb3.checks import check_at_least, check_count, check_fraction
 from modip_sb3.policies import DEFAULT_NET_ARCH, DiffusionPolicy
 
 # What the actor's networks are, and were trained for; how they act may be chosen anew
@@ -18,9 +21,37 @@ _PARTS = ("features_extractor", "normalizer", "actor", "actor_ema")
 
 
 class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
-    """An algorithm whose policy is a :class:`DiffusionPolicy`, which may come from another such algorithm."""
+    """
+    An algorithm whose policy is a :class:`DiffusionPolicy`, which may come from another such algorithm.
+
+    :param args: arguments of :class:`OfflineToOnlineAlgorithm`
+    :param actor_tau: rate at which the policy's exponential moving average follows
+    :param actor_decay_start: updates of the policy after which its learning rate falls with the inverse square root of
+        their number
+    :param max_grad_norm: gradients are clipped to this norm
+    :param kwargs: keyword arguments of :class:`OfflineToOnlineAlgorithm`
+    """
 
     policy: DiffusionPolicy
+    actor_optimizer: th.optim.Optimizer
+
+    def __init__(self, *args: Any, actor_tau: float, actor_decay_start: int, max_grad_norm: float, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        check_fraction(actor_tau=actor_tau)
+        check_count(1, actor_decay_start=actor_decay_start)
+        check_at_least(0, max_grad_norm=max_grad_norm)
+        self.actor_tau = actor_tau
+        self.actor_decay_start = actor_decay_start
+        self.max_grad_norm = max_grad_norm
+
+    def _update_actor(self, loss: th.Tensor) -> None:
+        """One step of the denoising loss, at the rate α / √max(t / t_ref, 1) after t steps (EDM2, arXiv:2312.02696)."""
+        num_updates = self.policy.num_actor_updates
+        decay = max(num_updates.item() / self.actor_decay_start, 1) ** -0.5
+        self._scale_learning_rate(self.actor_optimizer, decay)
+        self._optimize(self.actor_optimizer, loss)
+        num_updates += 1
+        polyak_update(self.policy.actor.parameters(), self.policy.actor_ema.parameters(), self.actor_tau)
 
     @classmethod
     def from_pretrained(cls, model: BaseAlgorithm, env: GymEnv | str | None = None, **kwargs: Any) -> Self:
@@ -58,6 +89,7 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
                     f"The {part} of {type(model).__name__}'s policy does not fit {cls.__name__} with policy_kwargs="
                     f"{policy_kwargs}: leave out what changes the actor's input, such as terminal_value='q'."
                 ) from error
+        new.policy.num_actor_updates.copy_(source.num_actor_updates)
         new._actor_is_given = True
         return new
 

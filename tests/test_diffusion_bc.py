@@ -135,7 +135,7 @@ def test_learn_clones_and_then_only_acts(kind: str) -> None:
     assert (model._n_pretrain_updates, model._n_updates, model.num_timesteps) == (5, 0, 30)
     assert_same(parameters(model), cloned)
     changed = {name.split(".")[0] for name, value in cloned.items() if not th.equal(value, before[name])}
-    assert changed == {"actor", "actor_ema", "normalizer"}
+    assert changed == {"actor", "actor_ema", "normalizer", "num_actor_updates"}
     assert len(model.ep_info_buffer) > 0  # the rollouts are counted
 
 
@@ -218,6 +218,7 @@ def test_there_is_no_planner() -> None:
         ({}, "DiffusionBC learns from data: pass offline_dataset"),
         ({"pretrain_steps": 0}, "pretrain_steps=0 must be at least 1"),
         ({"actor_tau": 2}, "actor_tau=2 is not between 0 and 1"),
+        ({"actor_decay_start": 0}, "actor_decay_start=0 must be at least 1"),
         ({"policy_kwargs": {"n_action_steps": 5}}, "n_action_steps=5 .* action_horizon=4"),
         ({"offline_dataset": record_walk(shape=(2,))}, r"actions have shape \(2,\), expected \(1,\)"),
     ],

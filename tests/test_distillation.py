@@ -227,4 +227,4 @@ def test_temperature_scales_the_spread_of_the_policy_alone(make_model: MakeModel
 
 def test_a_clone_acts_as_the_data_do_and_modip_colder() -> None:
     assert DiffusionBC("MlpPolicy", Walk(), offline_dataset=record_walk()).policy.sampling_temperature == 1
-    assert MODIP("MlpPolicy", Walk()).policy.sampling_temperature == 0.5
+    assert MODIP("MlpPolicy", Walk()).policy.sampling_temperature == 0.7

@@ -56,6 +56,21 @@ def test_learning_goes_on_from_it(cloned: DiffusionBC, data: bool) -> None:
     assert any(not th.equal(after[name], before[name]) for name in before if name.startswith("actor_ema."))
 
 
+@pytest.mark.parametrize("schedule", [1e-3, lambda progress: 2e-3 * progress - 1e-3])
+def test_the_policys_rate_falls_with_its_updates(cloned: DiffusionBC, schedule: Any, tmp_path: Path) -> None:
+    model = start(cloned, offline_dataset=record_walk(), learning_rate=schedule, actor_decay_start=2, pretrain_steps=3)
+    others = [model.model_optimizer, model.value_optimizer]
+    model.pretrain(3)  # 5 updates before, so that the last is the eighth
+    assert model.actor_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (7 / 2) ** -0.5)
+    assert [group["lr"] for optimizer in others for group in optimizer.param_groups] == pytest.approx([3e-4, 1e-3, 1e-3])
+    assert cloned.actor_optimizer.param_groups[0]["lr"] == 1e-3  # it has not begun to fall
+    model.save(tmp_path / "model")
+    model = MODIP.load(tmp_path / "model", env=Walk(), offline_dataset=record_walk())
+    model.pretrain(1)
+    assert model.policy.num_actor_updates == 9
+    assert model.actor_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (8 / 2) ** -0.5)
+
+
 def test_it_acts_from_the_first_step(cloned: DiffusionBC) -> None:
     model = start(cloned, rollout_with="policy", learning_starts=1_000)
     model.learn(1)

@@ -6,11 +6,10 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
-from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import Metrics, Phase
 from modip_sb3.buffers import SequenceBatch, map_obs
-from modip_sb3.checks import check_at_least, check_count, check_fraction
+from modip_sb3.checks import check_count
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.policies import DiffusionPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -33,6 +32,8 @@ class DiffusionBC(DiffusionAlgorithm):
         them, with options; see :meth:`OfflineDataset.load` and :func:`~modip_sb3.datasets.load_sources`
     :param pretrain_steps: updates that ``learn()`` starts with if ``pretrain()`` was not called
     :param actor_tau: rate at which the policy's exponential moving average follows
+    :param actor_decay_start: updates of the policy after which its learning rate falls with the inverse square root of
+        their number
     :param max_grad_norm: gradients are clipped to this norm
     :param stats_window_size: episodes that the rollout statistics average over
     :param tensorboard_log: where TensorBoard logs go
@@ -59,6 +60,7 @@ class DiffusionBC(DiffusionAlgorithm):
         offline_dataset: DatasetSources | None = None,
         pretrain_steps: int = 10_000,
         actor_tau: float = 0.005,
+        actor_decay_start: int = 1000,
         max_grad_norm: float = 20.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -90,12 +92,11 @@ class DiffusionBC(DiffusionAlgorithm):
             offline_fraction=1.0,
             rollout_with="policy",
             inference="policy",
+            actor_tau=actor_tau,
+            actor_decay_start=actor_decay_start,
+            max_grad_norm=max_grad_norm,
         )
         check_count(1, pretrain_steps=pretrain_steps)
-        check_at_least(0, max_grad_norm=max_grad_norm)
-        check_fraction(actor_tau=actor_tau)
-        self.actor_tau = actor_tau
-        self.max_grad_norm = max_grad_norm
         if _init_setup_model:
             self._setup_model()
 
@@ -115,6 +116,5 @@ class DiffusionBC(DiffusionAlgorithm):
         policy = self.policy
         features = policy.features(map_obs(lambda obs: obs[:, 0], batch.observations))
         loss, metrics = policy.actor.compute_loss(batch.actions, features, batch.mask)
-        self._optimize(self.actor_optimizer, loss)
-        polyak_update(policy.actor.parameters(), policy.actor_ema.parameters(), self.actor_tau)
+        self._update_actor(loss)
         return metrics
