@@ -32,12 +32,13 @@ STAGES = [
     ("MODIP, policy alone", "modip", "policy"),
     ("MODIP, policy + planner", "modip", "planner"),
 ]
+N_ENVS = 20  # of an evaluation, side by side
 MODES: tuple[ActingMode, ...] = ("policy", "planner")
 Record = Callable[[str, Evaluation, int, int], None]
 
 
 class EvaluationCallback(BaseCallback):
-    """Evaluates the policy, alone and with the planner, every ``eval_freq`` environment steps of ``learn()``."""
+    """Evaluates the policy, alone and with the planner, every ``eval_freq`` environment steps before the last one."""
 
     model: MODIP
 
@@ -46,9 +47,9 @@ class EvaluationCallback(BaseCallback):
         self.env_id, self.eval_freq, self.n_episodes, self.record = env_id, eval_freq, n_episodes, record
 
     def _on_step(self) -> bool:
-        if self.num_timesteps % self.eval_freq == 0:
+        if self.num_timesteps % self.eval_freq == 0 and self.num_timesteps < self.model._total_timesteps:
             for inference in MODES:
-                result = evaluate(self.model, self.env_id, self.n_episodes, inference)
+                result = evaluate(self.model, self.env_id, self.n_episodes, inference, n_envs=N_ENVS)
                 self.record("curve", result, self.num_timesteps, self.model._n_updates)
         return True
 
@@ -68,21 +69,21 @@ def run_seed(args: argparse.Namespace, seed: int, record: Record) -> None:
     )
     model.pretrain(args.pretrain, progress_bar=True)
     model.pretrain(args.clone, clone_only=True, progress_bar=True)
-    record("bc-before", evaluate(model, args.env, args.episodes), 0, model._n_pretrain_updates)
+    record("bc-before", evaluate(model, args.env, args.episodes, n_envs=N_ENVS), 0, model._n_pretrain_updates)
     model.pretrain(args.bc_gap, clone_only=True, progress_bar=True)
-    record("bc", evaluate(model, args.env, args.episodes), 0, model._n_pretrain_updates)
+    record("bc", evaluate(model, args.env, args.episodes, n_envs=N_ENVS), 0, model._n_pretrain_updates)
     model.save(args.output / f"{args.denoiser}-{seed}-bc")
 
     callback = EvaluationCallback(args.env, args.eval_freq, args.curve_episodes, record)
     model.learn(args.timesteps, callback=callback, progress_bar=True)
     model.save(args.output / f"{args.denoiser}-{seed}-modip")
     for inference in MODES:
-        result = evaluate(model, args.env, args.episodes, inference)
+        result = evaluate(model, args.env, args.episodes, inference, n_envs=N_ENVS)
         record("modip", result, args.timesteps, model._n_updates)
 
     control = MODIP.load(args.output / f"{args.denoiser}-{seed}-bc", offline_dataset=str(args.dataset))
     control.pretrain(model._n_updates, clone_only=True, progress_bar=True)
-    record("control", evaluate(control, args.env, args.episodes), 0, model._n_updates)
+    record("control", evaluate(control, args.env, args.episodes, n_envs=N_ENVS), 0, model._n_updates)
 
 
 def mean_and_spread(rows: list[dict[str, Any]]) -> tuple[float, float]:
@@ -121,7 +122,7 @@ def plot(rows: list[dict[str, Any]], env_id: str, denoiser: str, path: Path) -> 
     figure, (curve_axis, bar_axis) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     bc_mean = mean_and_spread([row for row in rows if row["stage"] == "bc"])[0]
     for label, _, inference in STAGES[2:]:
-        points = [row for row in rows if row["inference"] == inference and row["stage"] == "curve"]
+        points = [row for row in rows if row["inference"] == inference and row["stage"] in ("curve", "modip")]
         steps = sorted({row["env_steps"] for row in points})
         stats = [mean_and_spread([row for row in points if row["env_steps"] == step]) for step in steps]
         means, spreads = np.array(stats).T
@@ -149,8 +150,8 @@ def main() -> None:
     parser.add_argument("--denoiser", choices=["mlp", "unet"], default="mlp")
     parser.add_argument("--env", default="Hopper-v5", help="Hopper-v5, Walker2d-v5 or HalfCheetah-v5")
     parser.add_argument("--dataset", default=DATASET, help="Minari id or folder, or HDF5 file, of that environment")
-    parser.add_argument("--pretrain", type=int, default=5000, help="updates of all networks in the offline phase")
-    parser.add_argument("--clone", type=int, default=4000, help="updates of the policy alone after them")
+    parser.add_argument("--pretrain", type=int, default=7500, help="updates of all networks in the offline phase")
+    parser.add_argument("--clone", type=int, default=2500, help="updates of the policy alone after them")
     parser.add_argument(
         "--bc-gap", type=int, default=2000, help="updates between two evaluations of BC that should agree"
     )
