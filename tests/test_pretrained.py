@@ -62,7 +62,8 @@ def test_the_policys_rate_falls_with_its_updates(cloned: DiffusionBC, schedule: 
     others = [model.model_optimizer, model.value_optimizer]
     model.pretrain(3)  # 5 updates before, so that the last is the eighth
     assert model.actor_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (7 / 2) ** -0.5)
-    assert [group["lr"] for optimizer in others for group in optimizer.param_groups] == pytest.approx([3e-4, 1e-3, 1e-3])
+    rates = [group["lr"] for optimizer in others for group in optimizer.param_groups]
+    assert rates == pytest.approx([3e-4, 1e-3, 1e-3])
     assert cloned.actor_optimizer.param_groups[0]["lr"] == 1e-3  # it has not begun to fall
     model.save(tmp_path / "model")
     model = MODIP.load(tmp_path / "model", env=Walk(), offline_dataset=record_walk())
