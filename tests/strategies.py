@@ -212,6 +212,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "distill_beta": at_least_zero(10),
         "relabel_freq": count(1, 50),
         "actor_tau": fraction(),
+        "actor_decay_start": count(1, 5),
     },
     "TDMPC2": OFF_POLICY
     | OFFLINE
@@ -234,7 +235,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "ent_coef": Setting(st.sampled_from(["auto", "auto_0.1"]) | st.floats(0, 1), NOT_ENTROPIES | st.just("auto_0")),
         "target_entropy": Setting(st.just("auto") | st.floats(-3, 0), number().bad.filter(lambda v: v != "auto")),
     },
-    "DiffusionBC": LEARNER | OFFLINE | {"actor_tau": fraction()},
+    "DiffusionBC": LEARNER | OFFLINE | {"actor_tau": fraction(), "actor_decay_start": count(1, 5)},
 }
 
 
