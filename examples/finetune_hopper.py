@@ -11,6 +11,7 @@ import argparse
 import csv
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ STAGES = [
     ("MODIP, policy alone", "modip", "policy"),
     ("MODIP, policy + planner", "modip", "planner"),
 ]
-N_ENVS = 20  # of an evaluation, side by side
 MODES: tuple[ActingMode, ...] = ("policy", "planner")
+evaluate_at_once = partial(evaluate, n_envs=20)
 Record = Callable[[str, Evaluation, int, int], None]
 
 
@@ -49,7 +50,7 @@ class EvaluationCallback(BaseCallback):
     def _on_step(self) -> bool:
         if self.num_timesteps % self.eval_freq == 0 and self.num_timesteps < self.model._total_timesteps:
             for inference in MODES:
-                result = evaluate(self.model, self.env_id, self.n_episodes, inference, n_envs=N_ENVS)
+                result = evaluate_at_once(self.model, self.env_id, self.n_episodes, inference)
                 self.record("curve", result, self.num_timesteps, self.model._n_updates)
         return True
 
@@ -69,21 +70,21 @@ def run_seed(args: argparse.Namespace, seed: int, record: Record) -> None:
     )
     model.pretrain(args.pretrain, progress_bar=True)
     model.pretrain(args.clone, clone_only=True, progress_bar=True)
-    record("bc-before", evaluate(model, args.env, args.episodes, n_envs=N_ENVS), 0, model._n_pretrain_updates)
+    record("bc-before", evaluate_at_once(model, args.env, args.episodes), 0, model._n_pretrain_updates)
     model.pretrain(args.bc_gap, clone_only=True, progress_bar=True)
-    record("bc", evaluate(model, args.env, args.episodes, n_envs=N_ENVS), 0, model._n_pretrain_updates)
+    record("bc", evaluate_at_once(model, args.env, args.episodes), 0, model._n_pretrain_updates)
     model.save(args.output / f"{args.denoiser}-{seed}-bc")
 
     callback = EvaluationCallback(args.env, args.eval_freq, args.curve_episodes, record)
     model.learn(args.timesteps, callback=callback, progress_bar=True)
     model.save(args.output / f"{args.denoiser}-{seed}-modip")
     for inference in MODES:
-        result = evaluate(model, args.env, args.episodes, inference, n_envs=N_ENVS)
+        result = evaluate_at_once(model, args.env, args.episodes, inference)
         record("modip", result, args.timesteps, model._n_updates)
 
     control = MODIP.load(args.output / f"{args.denoiser}-{seed}-bc", offline_dataset=str(args.dataset))
     control.pretrain(model._n_updates, clone_only=True, progress_bar=True)
-    record("control", evaluate(control, args.env, args.episodes, n_envs=N_ENVS), 0, model._n_updates)
+    record("control", evaluate_at_once(control, args.env, args.episodes), 0, model._n_updates)
 
 
 def mean_and_spread(rows: list[dict[str, Any]]) -> tuple[float, float]:
