@@ -21,9 +21,9 @@ from rich.table import Table
 from stable_baselines3.common.callbacks import BaseCallback
 
 from modip_sb3 import MODIP
+from modip_sb3.acting import ActingMode
 from modip_sb3.datasets import normalized_score
 from modip_sb3.evaluation import Evaluation, evaluate
-from modip_sb3.policies import ActingMode
 
 DATASET = Path(__file__).parent / "data" / "modip" / "hopper" / "sac-medium-v0"
 FIELDS = ["denoiser", "seed", "stage", "inference", "env_steps", "updates", "mean", "standard_error", "seconds"]

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from modip_sb3 import MODIP
+from modip_sb3.acting import ActingMode
 from modip_sb3.evaluation import Evaluation, evaluate
-from modip_sb3.policies import ActingMode
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed

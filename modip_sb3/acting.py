@@ -143,13 +143,6 @@ class PlanningPolicy(ActingPolicy):
     world_model: WorldModel
     planner_kwargs: dict[str, Any]
 
-    @abstractmethod
-    def estimate_values(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: observations ``(B, *obs_shape)``
-        :return: the critics' mean estimate of their values ``(B,)``
-        """
-
     def encode(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: observations ``(N, *obs_shape)``

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 from tqdm.rich import tqdm
 
-from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState, PlanningPolicy
+from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import BUFFER_ARGUMENTS, check_choice, check_count, check_fraction, check_keywords, check_subclass
 from modip_sb3.datasets import DatasetSources, OfflineDataset
@@ -128,7 +128,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         self.sequence_length = max(self.policy.action_horizon, self.n_steps)
         self._chunk_state: ChunkState | None = None
         self._chunk_mode = self.rollout_with
-        self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
+        self._plan_tracker = PlanTracker(self.n_envs, self.gamma)
 
     @property
     def _optimizers(self) -> list[th.optim.Optimizer]:
@@ -273,7 +273,7 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         if self._chunk_state is None or new_mode or self._last_obs is not last_obs:  # the environments were reset
             self._chunk_state = self.policy.initial_state(self.n_envs, self.rollout_with)
             self._chunk_mode = self.rollout_with
-            self._plan_tracker = PlanTracker(self.n_envs, self.policy.horizon, self.gamma)
+            self._plan_tracker = PlanTracker(self.n_envs, self.gamma)
         return result
 
     def _sample_action(
@@ -314,19 +314,10 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         if not self._knows_something:
             self._update_normalizer(new_obs)
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
-        self._plan_tracker.step(reward, dones & ~truncated, truncated)
-        self._log_realized_plans(new_obs)
-
-    def _log_realized_plans(self, new_obs: Any) -> None:
-        values = np.zeros(self.n_envs)
-        if self._plan_tracker.needs_values:
-            assert isinstance(self.policy, PlanningPolicy)
-            with th.no_grad():
-                obs, _ = self.policy.obs_to_tensor(new_obs)
-                values = self.policy.estimate_values(obs).cpu().numpy()
-        for predicted, realized in zip(*self._plan_tracker.finish(values), strict=True):
-            self.logger.record_mean("rollout/plan_predicted", predicted)
-            self.logger.record_mean("rollout/plan_realized", realized)
+        predicted, realized = self._plan_tracker.step(reward, dones & ~truncated, truncated)
+        if len(predicted) > 0:
+            self.logger.record_mean("rollout/plan_predicted", predicted.mean())
+            self.logger.record_mean("rollout/plan_realized", realized.mean())
 
     # ---------------------------------------------------------------- learning
 

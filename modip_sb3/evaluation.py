@@ -9,7 +9,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 
-from modip_sb3.policies import ActingMode
+from modip_sb3.acting import ActingMode
 
 
 @dataclass(frozen=True)

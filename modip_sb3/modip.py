@@ -10,6 +10,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 
+from modip_sb3.acting import ActingMode, ChunkState
 from modip_sb3.base import Metrics, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
@@ -17,7 +18,7 @@ from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, co
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.mixing import offline_share
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
-from modip_sb3.policies import ActingMode, ChunkState, MODIPPolicy
+from modip_sb3.policies import MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
 from modip_sb3.world_model import compute_world_model_loss
 

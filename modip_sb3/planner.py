@@ -176,50 +176,51 @@ class MPPI:
 
 class PlanTracker:
     """
-    Compares what plans promised with what the environment gave: Σ γ^t r + γ^H V(s_H) predicted and realised, following
-    one plan at a time in each environment. Plans cut short by a time limit are dropped.
+    Compares what plans promised with what the rest of their episodes gave: Σ γ^t r from the plan on. Where a time limit
+    cut the episode off the last plan's promise stands for the rest, and is itself not judged.
 
     :param n_envs: number of environments
-    :param horizon: H, environment steps between promise and reckoning
     :param gamma: discount factor
+    :param max_steps: episodes are judged in pieces of this length, as if a time limit had cut them
     """
 
-    def __init__(self, n_envs: int, horizon: int, gamma: float):
-        self.horizon, self.gamma = horizon, gamma
-        self.predicted = np.zeros(n_envs)
-        self.realized = np.zeros(n_envs)
-        self.age = np.full(n_envs, -1)  # negative: no plan is followed
+    def __init__(self, n_envs: int, gamma: float, max_steps: int = 1000):
+        self.gamma, self.max_steps = gamma, max_steps
+        self.rewards: list[list[float]] = [[] for _ in range(n_envs)]
+        self.plans: list[list[tuple[int, float]]] = [[] for _ in range(n_envs)]  # at which step, and what was promised
 
     def start(self, predicted: np.ndarray) -> None:
         """
         :param predicted: scores of the plans that are about to be executed, NaN for none ``(n_envs,)``
         """
-        idle = (self.age < 0) & ~np.isnan(predicted)
-        self.predicted[idle], self.realized[idle], self.age[idle] = predicted[idle], 0.0, 0
+        for env in np.flatnonzero(~np.isnan(predicted)):
+            self.plans[env].append((len(self.rewards[env]), float(predicted[env])))
 
-    def step(self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> None:
+    def step(self, rewards: np.ndarray, terminated: np.ndarray, truncated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """
         :param rewards: of the last environment step ``(n_envs,)``
         :param terminated: where it terminated the episode ``(n_envs,)``
         :param truncated: where the episode was cut off instead ``(n_envs,)``
+        :return: predicted and realised returns of the plans of episodes that are over ``(n,)``
         """
-        active = self.age >= 0
-        self.realized[active] += self.gamma ** self.age[active] * rewards[active]
-        self.age[active] += 1
-        self.age[truncated] = -1
-        self.age[active & terminated] = self.horizon + 1  # complete, with nothing to bootstrap
+        judged = [np.empty((2, 0))]
+        for env, reward in enumerate(rewards):
+            self.rewards[env].append(float(reward))
+            if terminated[env] or truncated[env] or len(self.rewards[env]) == self.max_steps:
+                if self.plans[env]:
+                    judged.append(self._judge(env, bool(terminated[env])))
+                self.rewards[env], self.plans[env] = [], []
+        predicted, realized = np.concatenate(judged, axis=1)
+        return predicted, realized
 
-    @property
-    def needs_values(self) -> bool:
-        """Whether a plan has been followed to its horizon, so that :meth:`finish` needs V of the states reached."""
-        return bool((self.age == self.horizon).any())
-
-    def finish(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """
-        :param values: V of the states reached ``(n_envs,)``; only read where a plan has been followed to its horizon
-        :return: predicted and realised returns of the plans that are complete ``(n,)``
-        """
-        self.realized += np.where(self.age == self.horizon, self.gamma**self.horizon * values, 0.0)
-        complete = self.age >= self.horizon
-        self.age[complete] = -1
-        return self.predicted[complete], self.realized[complete]
+    def _judge(self, env: int, terminated: bool) -> np.ndarray:
+        """Predicted and realised returns of one episode's plans ``(2, n)``."""
+        starts, predicted = (np.array(column) for column in zip(*self.plans[env], strict=True))
+        rewards, rest = self.rewards[env], 0.0
+        if not terminated:
+            rewards, rest = rewards[: starts[-1]], predicted[-1]
+            starts, predicted = starts[:-1], predicted[:-1]
+        returns = np.empty(len(rewards))
+        for step in reversed(range(len(rewards))):
+            returns[step] = rest = rewards[step] + self.gamma * rest
+        return np.stack([predicted, returns[starts.astype(int)]])

@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import OfflineToOnlineAlgorithm
 from modip_sb3.checks import check_at_least, check_count, check_fraction
-from modip_sb3.policies import DEFAULT_NET_ARCH, DiffusionPolicy
+from modip_sb3.diffusion_policy import DEFAULT_NET_ARCH, DiffusionPolicy
 
 # What the actor's networks are, and were trained for; how they act may be chosen anew
 _FIXED = ["denoiser", "proposal", "action_horizon", "train_scheduler", "scheduler_kwargs"]

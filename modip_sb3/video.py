@@ -20,10 +20,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecEnv
 
 import modip_sb3.envs  # noqa: F401  (registers the ids)
+from modip_sb3.acting import ActingMode
 from modip_sb3.base import OfflineToOnlineAlgorithm
 from modip_sb3.checks import check_at_least
 from modip_sb3.datasets.rollout import collect, find_algorithm, load_model, load_vec_normalize
-from modip_sb3.policies import ActingMode
 
 
 def record_videos(

@@ -20,8 +20,8 @@ from stable_baselines3.common.vec_env import VecNormalize
 from walk import MakeModel, Walk, assert_same, observations, parameters, record_walk, vec_walk
 
 from modip_sb3.baselines import DiffusionBC
+from modip_sb3.diffusion_policy import DiffusionPolicy
 from modip_sb3.evaluation import evaluate
-from modip_sb3.policies import DiffusionPolicy
 
 SMALL = {name: SMALL_POLICY[name] for name in ("denoiser", "num_inference_steps")} | {"net_arch": [16]}
 

@@ -269,35 +269,36 @@ def test_wrong_settings_are_named(wrong: dict[str, float], message: str) -> None
         make_planner(**wrong)
 
 
-def step(tracker: PlanTracker, rewards: list[float], ended: str = "--") -> None:
+def step(tracker: PlanTracker, rewards: list[float], ended: str = "--") -> list[list[float]]:
     """``ended`` has a letter for each environment: T for terminated, L for a time limit."""
     terminated, truncated = (np.array([letter == end for letter in ended]) for end in "TL")
-    tracker.step(np.array(rewards), terminated, truncated)
+    return [values.tolist() for values in tracker.step(np.array(rewards), terminated, truncated)]
 
 
 def test_plan_tracker_by_hand() -> None:
-    tracker = PlanTracker(n_envs=2, horizon=2, gamma=0.5)
+    tracker = PlanTracker(n_envs=2, gamma=0.5)
     tracker.start(np.array([5.0, 50.0]))
-    step(tracker, [1.0, 10.0])
-    assert not tracker.needs_values and [len(part) for part in tracker.finish(np.full(2, np.nan))] == [0, 0]
-    tracker.start(np.array([7.0, 70.0]))  # ignored: both plans are still followed
-    step(tracker, [2.0, 20.0], "-T")
-    assert tracker.needs_values  # of environment 0 alone: the other one terminated
-    predicted, realized = tracker.finish(np.array([8.0, np.nan]))
-    np.testing.assert_allclose(predicted, [5.0, 50.0])
-    np.testing.assert_allclose(realized, [1.0 + 2.0 / 2 + 8.0 / 4, 10.0 + 20.0 / 2])
-    assert not tracker.needs_values and len(tracker.finish(np.zeros(2))[0]) == 0
-
-
-def test_plan_tracker_drops_plans_that_a_time_limit_cut() -> None:
-    tracker = PlanTracker(n_envs=2, horizon=2, gamma=0.5)
-    tracker.start(np.array([5.0, 50.0]))
-    step(tracker, [1.0, 10.0], "LT")
-    predicted, realized = tracker.finish(np.full(2, np.nan))
-    assert not tracker.needs_values and predicted.tolist() == [50.0] and realized.tolist() == [10.0]
-    step(tracker, [100.0, 100.0])  # no plan is followed: these rewards belong to none
+    assert step(tracker, [1.0, 10.0]) == [[], []]
+    tracker.start(np.array([np.nan, 70.0]))
+    assert step(tracker, [2.0, 20.0], "-T") == [[50.0, 70.0], [10.0 + 20.0 / 2, 20.0]]
     tracker.start(np.array([6.0, 60.0]))
-    step(tracker, [3.0, 30.0])
-    step(tracker, [4.0, 40.0], "L-")
-    predicted, realized = tracker.finish(np.array([np.nan, 4.0]))
-    assert predicted.tolist() == [60.0] and realized.tolist() == [30.0 + 40.0 / 2 + 4.0 / 4]
+    assert step(tracker, [4.0, 40.0], "T-") == [[5.0, 6.0], [1.0 + 2.0 / 2 + 4.0 / 4, 4.0]]
+
+
+def test_plan_tracker_ends_at_a_time_limit_with_the_last_promise() -> None:
+    tracker = PlanTracker(n_envs=2, gamma=0.5)
+    tracker.start(np.array([5.0, 50.0]))
+    assert step(tracker, [1.0, 10.0]) == [[], []]
+    tracker.start(np.array([8.0, np.nan]))
+    assert step(tracker, [2.0, 20.0], "LL") == [[5.0], [1.0 + 8.0 / 2]]  # one promise alone has nothing to be held to
+    assert step(tracker, [100.0, 100.0], "TT") == [[], []]  # no plan is followed: these rewards belong to none
+
+
+def test_plan_tracker_keeps_no_more_than_its_longest_episode() -> None:
+    tracker = PlanTracker(n_envs=1, gamma=0.5, max_steps=3)
+    for promise in (4.0, 2.0):
+        tracker.start(np.array([promise]))
+        assert step(tracker, [1.0], "-") == [[], []]
+    tracker.start(np.array([8.0]))
+    assert step(tracker, [1.0], "-") == [[4.0, 2.0], [1.0 + 1.0 / 2 + 8.0 / 4, 1.0 + 8.0 / 2]]
+    assert tracker.rewards == [[]] and tracker.plans == [[]]

@@ -77,13 +77,26 @@ def test_seed_updates_come_once(make_model: MakeModel, tmp_path: Path) -> None:
     assert loaded._n_updates == 15
 
 
+class KeepKeys(BaseCallback):
+    """Collects the names of all that was logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.keys: set[str] = set()
+
+    def _on_step(self) -> bool:
+        self.keys |= set(self.model.logger.name_to_value)
+        return True
+
+
 def test_seed_steps_are_uniform_and_only_without_data(make_model: MakeModel) -> None:
     model = make_model(Walk(), learning_starts=300).learn(300)
     actions = model.replay_buffer.actions[:300, 0, 0]
     assert model._n_updates == 0 and actions.std() == pytest.approx(3**-0.5, abs=0.06)
-    model = make_model(Walk(), offline_dataset=record_walk(), learning_starts=None).learn(4)
+    keep = KeepKeys()
+    model = make_model(Walk(), offline_dataset=record_walk(), learning_starts=None).learn(4, keep)
     assert (model._n_pretrain_updates, model._n_updates) == (5, 4)
-    assert model._plan_tracker.age.max() >= 0  # planned from the first step on
+    assert "rollout/plan_gain" in keep.keys  # planned from the first step on
 
 
 @pytest.mark.parametrize("kind", ["box", "dict", "discrete"])
@@ -158,18 +171,6 @@ def test_the_planner_improves_with_learning(make_model: MakeModel) -> None:
     assert mean_return() < -2.5
     model.pretrain(150)
     assert mean_return() > -1.6  # -3.1 and -1.1 when this was written
-
-
-class KeepKeys(BaseCallback):
-    """Collects the names of all that was logged."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.keys: set[str] = set()
-
-    def _on_step(self) -> bool:
-        self.keys |= set(self.model.logger.name_to_value)
-        return True
 
 
 def test_callbacks_and_logged_keys(make_model: MakeModel, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from modip_sb3.base import Metrics, Phase
 from modip_sb3.buffers import SequenceBatch, map_obs
 from modip_sb3.checks import check_count
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.policies import DiffusionPolicy
+from modip_sb3.diffusion_policy import DiffusionPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
 
 

@@ -253,10 +253,6 @@ class TDMPC2Policy(PlanningPolicy):
         """
         return self.actor(latents, latents.new_zeros(*latents.shape[:-1], self.action_dim))[0]
 
-    def estimate_values(self, obs: PyTorchObs) -> th.Tensor:
-        latents = self.encode(obs)
-        return self.critic(latents, self.mode_actions(latents)).mean(0)
-
     def check_planner(self) -> None:
         """Raise an error now, before anything is learned, if ``planner_kwargs`` are wrong."""
         self._make_planner(deterministic=False)

@@ -12,10 +12,10 @@ import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
+from modip_sb3.acting import ActingMode
 from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder
 from modip_sb3.checkpoint import isolated_rng, save_state
 from modip_sb3.evaluation import evaluate
-from modip_sb3.policies import ActingMode
 from modip_sb3.storage import whole_file, write_json
 
 STATUS_INTERVAL = 1.0  # seconds between two updates of what the live table shows

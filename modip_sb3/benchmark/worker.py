@@ -14,6 +14,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import CSVOutputFormat, Logger
 from stable_baselines3.common.vec_env import VecEnv
 
+from modip_sb3.acting import ActingMode
 from modip_sb3.baselines import DiffusionBC
 from modip_sb3.benchmark.recorder import (
     Recorder,
@@ -25,7 +26,6 @@ from modip_sb3.benchmark.recorder import (
 from modip_sb3.benchmark.runs import RunFolder, locked, read_rows
 from modip_sb3.benchmark.settings import base_of, describe_hardware, describe_software, find_algorithm
 from modip_sb3.checkpoint import load_state
-from modip_sb3.policies import ActingMode
 from modip_sb3.resume import ResumableAlgorithm
 
 LATENCY_STEPS = 40
