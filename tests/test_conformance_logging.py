@@ -24,8 +24,13 @@ def expected_keys(algo: str) -> set[str]:
 
 
 def read_tensorboard(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder)).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    accumulator = EventAccumulator(str(folder)).Reload()
+    scalars = {}
+    for tag in accumulator.Tags()["scalars"]:
+        # Files of the same second are read in the order of their names, where 10 comes before 9
+        events = sorted(accumulator.Scalars(tag), key=lambda event: event.wall_time)
+        scalars[tag] = [(event.step, event.value) for event in events]
+    return scalars
 
 
 @every_algorithm
