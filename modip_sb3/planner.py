@@ -223,4 +223,4 @@ class PlanTracker:
         returns = np.empty(len(rewards))
         for step in reversed(range(len(rewards))):
             returns[step] = rest = rewards[step] + self.gamma * rest
-        return np.stack([predicted, returns[starts.astype(int)]])
+        return np.stack([predicted, returns[starts]])
