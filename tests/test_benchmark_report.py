@@ -11,18 +11,19 @@ import numpy as np
 import pandas as pd
 import pytest
 from bench import ENV_ID, NAME, command, run
+from rliable.metrics import probability_of_improvement
 
-from modip_sb3.benchmark import statistics
+from modip_sb3.benchmark import comparison, statistics
 from modip_sb3.benchmark.__main__ import make_parser
 from modip_sb3.benchmark.plan import plan
 from modip_sb3.benchmark.records import Key, Record, check_comparable, read_runs
 from modip_sb3.benchmark.report import Report
 from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, RunFolder, as_csv, read_rows
-from modip_sb3.benchmark.tables import what_seeds_allow
+from modip_sb3.benchmark.tables import make_curves, what_seeds_allow
 from modip_sb3.benchmark.worker import execute
 from modip_sb3.datasets import normalized_score
 
-FILES = {"report.md", "runs.csv", "curves.csv", "aggregates.csv"}
+FILES = {"report.md", "runs.csv", "curves.csv", "aggregates.csv", "comparison.csv"}
 FILES |= {f"{name}.png" for name in ("curves_steps", "curves_wall", "iqm", "profiles", "improvement")}
 
 
@@ -125,6 +126,42 @@ def test_csv(benchmark: Path) -> None:
     assert len(curves) == 18 and set(curves["env_steps"]) == {0, 20, 40}
     aggregates = pd.read_csv(benchmark / "report" / "aggregates.csv")
     assert (aggregates["low"] <= aggregates["value"]).all() and (aggregates["value"] <= aggregates["high"]).all()
+
+
+def test_comparison(benchmark: Path, text: str) -> None:
+    against = "modip (policy)"
+    found = pd.read_csv(benchmark / "report" / "comparison.csv")
+    assert set(found["baseline"]) == {against} and len(found) == 3 * 3
+    row = found[(found["entry"] == "sac") & (found["env_steps"] == 40)].iloc[0]
+    ours, theirs = finals(benchmark, "sac", "policy"), finals(benchmark, "modip", "policy")
+    assert row["mean"] == pytest.approx(ours.mean()) and np.isnan(row["ratio"])  # Pendulum's returns are negative
+    assert row["better"] == np.mean(ours[:, None] > theirs)
+    assert row["below"] == (ours.mean() < theirs.min())  # of two runs' means the interval reaches from one to the other
+    assert f"P {row['better']:.2f} [" in cells(text, f"Against {against}", "sac")["40 steps"]
+
+
+def test_what_fell_below_the_baseline() -> None:
+    returns = {"bc": [[10, 10, 10], [20, 20, 20]], "a": [[8, 8, 30], [8, 8, 31]], "b": [[30, 5, 30], [30, 5, 30]]}
+    records = [
+        make_record(env, algo, seed, run, [1.0, 2.0, 3.0])
+        for env in ("x", "y")
+        for algo, runs in returns.items()
+        for seed, run in enumerate(runs)
+    ]
+    entries = {"x": ["bc", "a", "b"], "y": ["bc", "a"]}
+    found = comparison.compare(make_curves(records), entries, "bc", "return")
+    values = found.set_index(["env", "entry", "env_steps"])
+    assert values.loc[("x", "b", 0), "ratio"] == 2.0 and values.loc[("x", "a", 40), "better"] == 1.0
+    below = found[found["below"].eq(True)]
+    assert list(zip(below["env"], below["entry"], below["env_steps"], strict=True)) == [
+        *[("x", "a", 0), ("y", "a", 0)],
+        *[("x", "a", 20), ("x", "b", 20), ("y", "a", 20)],
+    ]
+    *tables, sentence = comparison.make_tables(found, "bc")
+    assert sentence == "Below bc in two evaluations running: a in x, a in y."
+    assert "| b | 30.0, × 2.00, P 1.00 [1.00, 1.00] | 5.0 ▼, × 0.33, P 0.00 [0.00, 0.00] |" in tables[1]
+    assert tables[4] == "### Over all environments" and "| b |" not in tables[5]
+    assert set(comparison.make_curves(found)) == {"a"}
 
 
 def make_record(env: str, algo: str, seed: int, returns: list[float], seconds: list[float]) -> Record:
@@ -326,7 +363,7 @@ def test_faults_of_the_command(copied: Path, tmp_path: Path) -> None:
     assert run("report", str(tmp_path / "empty")) == (
         f"{tmp_path / 'empty'} has no runs (folders ENV/ALGO/seed-N); write some with the command run."
     )
-    found = run("report", str(copied), "--baseline", "ppo")
+    found = run("report", str(copied), "--baseline", "sac", "ppo")
     assert found == "--baseline 'ppo' is no complete row; choose from ['modip (policy)', 'modip (planner)', 'sac']."
 
 
@@ -355,6 +392,9 @@ def test_probability_of_improvement() -> None:
     scores = {"base": np.array([[1.0], [2.0]]), "a": np.array([[1.5], [3.0]]), "b": np.array([[0.0], [0.5]])}
     found = statistics.probabilities_of_improvement(scores, "base")
     assert {name: estimate.value for name, estimate in found.items()} == {"a": 0.75, "b": 0.0}
+    assert found["b"] == (0.0, 0.0, 0.0) and found["a"][1:] == (0.0, 1.0)
+    rliable_point = probability_of_improvement(scores["a"], scores["base"])
+    assert found["a"].value == rliable_point
 
 
 def test_performance_profiles() -> None:

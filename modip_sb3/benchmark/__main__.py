@@ -89,7 +89,13 @@ def _add_report(commands: Any) -> None:
     report.set_defaults(command=write_report)
     report.add_argument("runs", type=Path, help="folder of the runs")
     report.add_argument("--out", type=Path, help="folder of the report; RUNS/report by default")
-    report.add_argument("--baseline", help="whom the probability of improvement compares with")
+    report.add_argument(
+        "--baseline",
+        nargs="+",
+        default=[],
+        metavar="ROW",
+        help="whom every other row is compared with: diffusion_bc, 'modip (policy)' ...",
+    )
 
 
 def _add_speed(commands: Any) -> None:

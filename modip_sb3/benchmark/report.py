@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from modip_sb3.benchmark import plots, statistics, tables
+from modip_sb3.benchmark import comparison, plots, statistics, tables
 from modip_sb3.benchmark.records import Key, Record, read_runs
 from modip_sb3.benchmark.statistics import Estimate
 from modip_sb3.storage import write_atomically
@@ -20,20 +21,22 @@ FIGURES = ("curves_steps", "curves_wall", "iqm", "profiles", "improvement")
 MEASURES = {"score": "normalised score", "return": "return"}
 
 
-def write(output: Path, folder: Path, baseline: str | None = None) -> None:
+def write(output: Path, folder: Path, baselines: Sequence[str] = ()) -> None:
     """
-    Write ``report.md``, its figures, ``runs.csv``, ``curves.csv`` and ``aggregates.csv``.
+    Write ``report.md``, its figures, ``runs.csv``, ``curves.csv``, ``aggregates.csv`` and ``comparison.csv``.
 
     :param output: folder of a benchmark
     :param folder: of the report
-    :param baseline: row whom the probability of improvement compares with, such as "sac" or "modip (policy)"; the
-        first row by default
+    :param baselines: rows that every other one is compared with, such as "sac" or "modip (policy)"; the first row by
+        default
     :raises ValueError: if the runs cannot be compared, or there is no such row
     """
     records, gaps = read_runs(output)
     report = Report(records, gaps)
-    if baseline is not None and baseline not in report.complete:
-        raise ValueError(f"--baseline {baseline!r} is no complete row; choose from {list(report.complete)}.")
+    for baseline in baselines:
+        if baseline not in report.complete:
+            raise ValueError(f"--baseline {baseline!r} is no complete row; choose from {list(report.complete)}.")
+    baselines = baselines or report.complete[:1]
     folder.mkdir(parents=True, exist_ok=True)
     for figure in FIGURES:  # of an earlier report, that had more to show
         (folder / f"{figure}.png").unlink(missing_ok=True)
@@ -42,7 +45,8 @@ def write(output: Path, folder: Path, baseline: str | None = None) -> None:
         *report.protocol(),
         *report.gap_list(),
         *report.env_tables(),
-        *report.aggregate(folder, baseline),
+        *report.aggregate(folder),
+        *report.comparisons(folder, baselines),
         *report.learning_curves(folder),
         *report.costs(),
         *report.runs(),
@@ -142,8 +146,8 @@ class Report:
             "final success": tables.mean_std(100 * found["final_success"], " %"),
         }
 
-    def aggregate(self, folder: Path, baseline: str | None) -> list[str]:
-        """Over all environments: interquartile mean, performance profiles, probability of improvement."""
+    def aggregate(self, folder: Path) -> list[str]:
+        """Over all environments: interquartile mean and performance profiles."""
         heading = f"## Over {len(self.envs)} environments" if len(self.envs) > 1 else "## Over the seeds"
         measure = self._measure()
         if measure is None:
@@ -152,29 +156,39 @@ class Report:
             return [heading, "Not aggregated: no row is complete."]
         scores = {entry: self._matrix(entry, f"final_{measure}") for entry in self.complete}
         iqm, mean = statistics.interquartile_means(scores), statistics.means(scores)
-        baseline = baseline or self.complete[0]
-        better = statistics.probabilities_of_improvement(scores, baseline)
         low, high = min(map(np.min, scores.values())), max(map(np.max, scores.values()))
         thresholds = np.linspace(low - 0.02 * (high - low), high, THRESHOLDS)
         profiles = statistics.performance_profiles(scores, thresholds)
         name = f"final {MEASURES[measure]}"
         plots.plot_intervals(iqm, f"IQM of the {name}", self.colors, folder / "iqm.png")
         plots.plot_profiles(thresholds, profiles, name, self.colors, folder / "profiles.png")
-        figures = ["![IQM](iqm.png)\n![Performance profiles](profiles.png)"]
-        if better:
-            plots.plot_intervals(better, f"P(better than {baseline})", self.colors, folder / "improvement.png")
-            figures.append("![Probability of improvement](improvement.png)")
+        figures = "![IQM](iqm.png)\n![Performance profiles](profiles.png)"
         rows = [
             {
                 "algorithm": entry,
                 f"IQM of the {name}": tables.interval(iqm[entry]),
                 "mean": tables.interval(mean[entry]),
-                f"P(better than {baseline})": tables.interval(better[entry], 2) if entry in better else "",
             }
             for entry in self.complete
         ]
-        self.csv["aggregates"] = tables.as_long({"iqm": iqm, "mean": mean, f"better_than_{baseline}": better}, measure)
-        return [heading, tables.markdown(rows), tables.what_seeds_allow(len(self.seeds)), *figures]
+        self.csv["aggregates"] = tables.as_long({"iqm": iqm, "mean": mean}, measure)
+        return [heading, tables.markdown(rows), tables.what_seeds_allow(len(self.seeds)), figures]
+
+    def comparisons(self, folder: Path, baselines: Sequence[str]) -> list[str]:
+        """Every row against each baseline, at every evaluation."""
+        measure = self._measure()
+        if measure is None or len(self.complete) < 2:
+            return []
+        complete = {env: [entry for entry in self.entries if not self._gaps_of(entry, env)] for env in self.envs}
+        found = {baseline: comparison.compare(self.curves, complete, baseline, measure) for baseline in baselines}
+        sections = []
+        for baseline, compared in found.items():
+            sections += [f"## Against {baseline}", *comparison.make_tables(compared, baseline)]
+        improvement = {f"against {baseline}": comparison.make_curves(compared) for baseline, compared in found.items()}
+        labels = dict.fromkeys(improvement, "P(better)")
+        plots.plot_curves(improvement, labels, "environment steps", self.colors, folder / "improvement.png")
+        self.csv["comparison"] = pd.concat([compared.assign(baseline=name) for name, compared in found.items()])
+        return [*sections, comparison.EXPLANATION, "![Probability of improvement](improvement.png)"]
 
     def learning_curves(self, folder: Path) -> list[str]:
         """Over environment steps and over wall time."""

@@ -85,12 +85,30 @@ def performance_profiles(scores: Scores, thresholds: np.ndarray) -> dict[str, Es
 
 def probabilities_of_improvement(scores: Scores, baseline: str) -> dict[str, Estimate]:
     """
+    rliable's measure (its equation of section 4.3: the Mann-Whitney statistic, ties counting half) on all resamples at
+    once, which takes milliseconds where rliable takes seconds.
+
     :param scores: of each algorithm ``(seeds, envs)``
     :param baseline: one of them
-    :return: for each other one, how probably its run is better than one of the baseline, over the environments
+    :return: for each other one, how probably its run is better than one of the baseline, over the environments; the
+        bootstrap resamples the seeds of each environment
     """
-    from rliable.metrics import probability_of_improvement
+    estimates = {}
+    for name in [name for name in scores if name != baseline]:
+        rng = np.random.default_rng(0)
+        points = _share_of_wins(scores[name][None], scores[baseline][None])
+        wins = _share_of_wins(_resample(scores[name], rng), _resample(scores[baseline], rng))
+        estimates[name] = Estimate(float(points[0]), *map(float, np.percentile(wins, [2.5, 97.5])))
+    return estimates
 
-    pairs = {name: (values, scores[baseline]) for name, values in scores.items() if name != baseline}
-    estimates = _estimates(pairs, probability_of_improvement)
-    return {name: Estimate(*(float(np.squeeze(part)) for part in estimate)) for name, estimate in estimates.items()}
+
+def _resample(runs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """``(seeds, envs)`` -> ``(REPS, seeds, envs)``, the seeds of each environment by themselves."""
+    seeds = rng.integers(len(runs), size=(REPS, *runs.shape))
+    return np.take_along_axis(np.broadcast_to(runs, seeds.shape), seeds, axis=1)
+
+
+def _share_of_wins(runs: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """``(R, n, envs), (R, m, envs) -> (R,)``: over all pairs in an environment, ties counting half."""
+    differences = runs[:, :, None] - others[:, None]
+    return (0.5 * (1 + np.sign(differences))).mean((1, 2, 3))
