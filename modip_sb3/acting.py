@@ -47,6 +47,8 @@ class ActingPolicy(BasePolicy):
     horizon: int
     """Environment steps that a plan looks ahead."""
     inference: ActingMode
+    trusts_planner: th.Tensor
+    """Whether the planner is better than the policy alone, as far as is known (bool)."""
 
     def __init__(
         self,
@@ -62,6 +64,12 @@ class ActingPolicy(BasePolicy):
             features_extractor_class = CombinedExtractor if is_dict else FlattenExtractor
         super().__init__(observation_space, action_space, features_extractor_class, *args, squash_output=True, **kwargs)
         self.action_dim = get_action_dim(action_space)
+        self.register_buffer("trusts_planner", th.ones((), dtype=th.bool))
+
+    @property
+    def acting_mode(self) -> ActingMode:
+        """Who acts in ``predict()``: ``inference``, but the policy where it was found to be better than the planner."""
+        return self.inference if self.trusts_planner else "policy"
 
     @abstractmethod
     def act(
@@ -87,13 +95,20 @@ class ActingPolicy(BasePolicy):
         features = self.extract_features(obs, self.features_extractor)
         return self.normalizer(features) if self.normalizes_features else features
 
-    def initial_state(self, n_envs: int, mode: ActingMode) -> ChunkState:
+    def chunk_length(self, mode: ActingMode) -> int:
+        """
+        :param mode: who acts
+        :return: T, the actions that its state holds
+        """
+        return self.horizon if mode == "planner" else self.action_horizon
+
+    def initial_state(self, n_envs: int, *modes: ActingMode) -> ChunkState:
         """
         :param n_envs: number of environments
-        :param mode: who acts
+        :param modes: who may act
         :return: the state before an episode's first action
         """
-        length = self.horizon if mode == "planner" else self.action_horizon
+        length = max(map(self.chunk_length, modes))
         return np.zeros((n_envs, length, self.action_dim), np.float32), np.full(n_envs, -1)
 
     def predict(
@@ -120,20 +135,21 @@ class ActingPolicy(BasePolicy):
         self.set_training_mode(False)
         obs, vectorized = self.obs_to_tensor(observation)
         n_envs = num_observations(obs)
-        if state is None:
-            chunk_state = self.initial_state(n_envs, self.inference)
+        mode = self.acting_mode
+        if state is None or state[0].shape[1] != self.chunk_length(mode):  # or somebody else has acted
+            chunk_state = self.initial_state(n_envs, mode)
         else:
             chunk_state = state[0], state[1].copy()
             if episode_start is not None:
                 chunk_state[1][np.asarray(episode_start, dtype=bool)] = -1
-        actions, next_state, _ = self.act(obs, chunk_state, self.inference, deterministic)
+        actions, next_state, _ = self.act(obs, chunk_state, mode, deterministic)
         env_actions = self.unscale_action(actions.reshape(-1, *self.action_space.shape))
         return (env_actions if vectorized else env_actions.squeeze(axis=0)), next_state
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """The first action of a new chunk or plan, in [-1, 1] ``(B, *action_shape)``."""
-        n_envs = num_observations(observation)
-        actions, _, _ = self.act(observation, self.initial_state(n_envs, self.inference), self.inference, deterministic)
+        n_envs, mode = num_observations(observation), self.acting_mode
+        actions, _, _ = self.act(observation, self.initial_state(n_envs, mode), mode, deterministic)
         return th.as_tensor(actions, device=self.device).view(n_envs, *self.action_space.shape)
 
 

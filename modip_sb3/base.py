@@ -1,4 +1,4 @@
-"""What every algorithm here shares: offline data before and beside online experience, and acting by chunks or plans."""
+"""What the algorithms of this package share: an offline phase, and offline data beside online experience."""
 
 import time
 import warnings
@@ -9,21 +9,18 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
-from stable_baselines3.common.noise import ActionNoise
-from stable_baselines3.common.type_aliases import MaybeCallback, PyTorchObs, RolloutReturn
+from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import configure_logger, obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 from tqdm.rich import tqdm
 
-from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
-from modip_sb3.checks import BUFFER_ARGUMENTS, check_choice, check_count, check_fraction, check_keywords, check_subclass
+from modip_sb3.checks import BUFFER_ARGUMENTS, check_count, check_fraction, check_keywords, check_subclass
 from modip_sb3.datasets import DatasetSources, OfflineDataset
-from modip_sb3.faults import check_actions
-from modip_sb3.offline import OfflineDataAlgorithm, obs_blocks
-from modip_sb3.planner import Plan, PlanTracker
+from modip_sb3.offline import obs_blocks
 from modip_sb3.resume import CheckpointCallback
+from modip_sb3.rollouts import ActingAlgorithm
 
 SelfOfflineToOnline = TypeVar("SelfOfflineToOnline", bound="OfflineToOnlineAlgorithm")
 Metrics = dict[str, th.Tensor]
@@ -56,24 +53,20 @@ def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
     return SequenceBatch(*(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(*batches, strict=True)))
 
 
-class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
+class OfflineToOnlineAlgorithm(ActingAlgorithm):
     """
-    An off-policy algorithm with an offline phase, sequence batches from offline and online data, and a policy that
-    carries a state (the rest of a chunk, the last plan) from step to step.
+    An off-policy algorithm with an offline phase, and sequence batches from offline and online data.
 
     A subclass names its optimisers and implements :meth:`_update`.
 
-    :param args: arguments of :class:`OffPolicyAlgorithm`
+    :param args: arguments of :class:`ActingAlgorithm`
     :param offline_dataset: what :meth:`OfflineDataset.load` takes: a Minari id or folder, a D4RL or robomimic file, an
         SB3 replay buffer, arrays; options beside it; or a list of them, with weights (see :func:`load_sources`)
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
-    :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
-    :param inference: what ``predict()`` uses, "policy" or "planner"
-    :param kwargs: keyword arguments of :class:`OffPolicyAlgorithm`
+    :param kwargs: keyword arguments of :class:`ActingAlgorithm`
     """
 
-    policy: ActingPolicy
     replay_buffer: SequenceReplayBuffer
     optimizer_names: tuple[str, ...] = ()
 
@@ -83,20 +76,14 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         offline_dataset: DatasetSources | None,
         pretrain_steps: int,
         offline_fraction: float,
-        rollout_with: ActingMode,
-        inference: ActingMode,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         check_count(0, pretrain_steps=pretrain_steps)
         check_fraction(offline_fraction=offline_fraction)
-        check_choice("rollout_with", rollout_with, "policy", "planner")
-        check_choice("inference", inference, "policy", "planner")
         self.offline_dataset = offline_dataset
         self.pretrain_steps = pretrain_steps
         self.offline_fraction = offline_fraction
-        self.rollout_with = rollout_with
-        self.inference = inference
         self._n_pretrain_updates = 0
         self._actor_is_given = False
 
@@ -126,9 +113,6 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         super()._setup_model()
         self.n_steps = n_steps
         self.sequence_length = max(self.policy.action_horizon, self.n_steps)
-        self._chunk_state: ChunkState | None = None
-        self._chunk_mode = self.rollout_with
-        self._plan_tracker = PlanTracker(self.n_envs, self.gamma)
 
     @property
     def _optimizers(self) -> list[th.optim.Optimizer]:
@@ -136,20 +120,6 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         return ["policy", *self.optimizer_names], []
-
-    def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_chunk_state", "_plan_tracker"]
-
-    def predict(
-        self,
-        observation: np.ndarray | dict[str, np.ndarray],
-        state: tuple[np.ndarray, ...] | None = None,
-        episode_start: np.ndarray | None = None,
-        deterministic: bool = False,
-    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
-        """The next action, with ``inference``; parameters as in :meth:`ActingPolicy.predict`."""
-        self.policy.inference = self.inference
-        return super().predict(observation, state, episode_start, deterministic)
 
     # ---------------------------------------------------------------- offline phase
 
@@ -266,39 +236,6 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
             self.start_time = time.time_ns()  # it does not count in the environment steps per second
         return super().collect_rollouts(env, callback, *args, **kwargs)
 
-    def _setup_learn(self, *args: Any, **kwargs: Any) -> Any:
-        last_obs = self._last_obs
-        result = super()._setup_learn(*args, **kwargs)
-        new_mode = self._chunk_mode != self.rollout_with
-        if self._chunk_state is None or new_mode or self._last_obs is not last_obs:  # the environments were reset
-            self._chunk_state = self.policy.initial_state(self.n_envs, self.rollout_with)
-            self._chunk_mode = self.rollout_with
-            self._plan_tracker = PlanTracker(self.n_envs, self.gamma)
-        return result
-
-    def _sample_action(
-        self, learning_starts: int, action_noise: ActionNoise | None = None, n_envs: int = 1
-    ) -> tuple[np.ndarray, np.ndarray]:
-        if self.num_timesteps < learning_starts and not self._knows_something:
-            return super()._sample_action(learning_starts, action_noise, n_envs)
-        assert self._last_obs is not None and self._chunk_state is not None
-        obs, _ = self.policy.obs_to_tensor(self._last_obs)
-        actions, self._chunk_state, plan = self._act(obs, self._chunk_state)
-        check_actions(actions)
-        if plan is not None:
-            predicted = np.full(n_envs, np.nan)
-            predicted[self._chunk_state[1] == 1] = plan.value.cpu().numpy()
-            self._plan_tracker.start(predicted)
-            self.logger.record_mean("rollout/plan_gain", (plan.value - plan.proposal_value).mean().item())
-        scaled_actions = actions.reshape(n_envs, *self.action_space.shape)
-        if action_noise is not None:
-            scaled_actions = np.clip(scaled_actions + action_noise(), -1, 1)
-        return self.policy.unscale_action(scaled_actions), scaled_actions
-
-    def _act(self, obs: PyTorchObs, state: ChunkState) -> tuple[np.ndarray, ChunkState, Plan | None]:
-        """What is executed in ``learn()``, before action noise; see :meth:`ActingPolicy.act`."""
-        return self.policy.act(obs, state, self.rollout_with, deterministic=False)
-
     def _store_transition(
         self,
         replay_buffer: Any,
@@ -309,15 +246,8 @@ class OfflineToOnlineAlgorithm(OfflineDataAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        assert self._chunk_state is not None
-        self._chunk_state[1][dones] = -1  # what is left of a chunk or a plan ends with its episode
         if not self._knows_something:
             self._update_normalizer(new_obs)
-        truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
-        predicted, realized = self._plan_tracker.step(reward, dones & ~truncated, truncated)
-        if len(predicted) > 0:
-            self.logger.record_mean("rollout/plan_predicted", predicted.mean())
-            self.logger.record_mean("rollout/plan_realized", realized.mean())
 
     # ---------------------------------------------------------------- learning
 

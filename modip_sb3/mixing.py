@@ -1,8 +1,9 @@
-"""How much of the offline data the policy goes on cloning while its own experience gets better."""
+"""What the policy clones: how much of the offline data while its own experience gets better, and with which weights."""
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch as th
 
 PRIOR_STEPS = 1000  # of experience that count as worse than the data: a few short episodes say little
 Episodes = tuple[np.ndarray, np.ndarray]
@@ -26,3 +27,16 @@ def offline_share(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     worse, not_better = (np.searchsorted(returns[order], online_returns, side) for side in ("left", "right"))
     better = 1 - (cumulative[worse] + cumulative[not_better]) / 2  # (F,)
     return float((PRIOR_STEPS + online_lengths @ better) / (PRIOR_STEPS + online_lengths.sum()))
+
+
+def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:
+    """
+    exp(β A / σ_A), centred, clipped, of mean one (AWR, arXiv:1910.00177).
+
+    :param advantages: A = G^λ - V(s) of each chunk ``(B,)``
+    :param beta: 0 weights all chunks the same
+    :return: ``(B,)``
+    """
+    centred = advantages - advantages.mean()  # else optimistic values would put every weight at the clip
+    weights = th.exp(beta * centred / centred.std(correction=0).clamp(min=1e-6)).clamp(max=20.0)
+    return weights / weights.mean()

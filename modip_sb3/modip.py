@@ -16,7 +16,7 @@ from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, 
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.mixing import offline_share
+from modip_sb3.mixing import advantage_weights, offline_share
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.policies import MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -30,10 +30,10 @@ SEARCH_WIDELY = {"num_samples": 48, "min_std": 0.1, "max_std": 1.0}
 class Chunks(NamedTuple):
     """What the policy clones."""
 
-    features: th.Tensor
-    """Of the observations that the chunks start from ``(B, F)``."""
     actions: th.Tensor
     """In [-1, 1] ``(B, T, A)``."""
+    condition: th.Tensor
+    """What the actor is conditioned on where they start ``(B, C)``."""
     weights: th.Tensor
     """Of each action in the loss ``(B, T)``."""
 
@@ -66,10 +66,12 @@ class MODIP(DiffusionAlgorithm):
         them, with options; see :meth:`OfflineDataset.load` and :func:`~modip_sb3.datasets.load_sources`
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
-    :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"
+    :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"; "auto" is the planner for most
+        episodes, or the policy alone if its own turn out better, see :class:`~modip_sb3.trial.Trial`
     :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; by
         default as many as the policy executes a chunk for, which clones what was executed
-    :param inference: what ``predict()`` uses, "policy" or "planner"
+    :param inference: what ``predict()`` uses, "policy" or "planner"; also with the latter the policy acts alone once
+        ``rollout_with="auto"`` has found it to be better
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the best of the policy's proposals
         is taken where there is offline data, and the search is wide otherwise
     :param critic_target: "v" for r + γV(s'), or "policy" for r + γQ(s', π(s'))
@@ -82,7 +84,8 @@ class MODIP(DiffusionAlgorithm):
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
         "both"
     :param distill_weighting: "advantage" weights executed chunks by exp(β A / σ_A), "uniform" is the paper's loss
-    :param distill_beta: β of the advantage weights; raising it clones fewer, better chunks
+    :param distill_beta: β of the advantage weights, raising it clones fewer, better chunks; with an "auto" share of
+        offline chunks above one half, less of it is used: 2 (1 - share)
     :param relabel_freq: updates between two calls of the planner for a batch of labels
     :param actor_tau: rate at which the policy's exponential moving average follows
     :param actor_decay_start: updates of the policy after which its learning rate falls with the inverse square root of
@@ -103,6 +106,7 @@ class MODIP(DiffusionAlgorithm):
     }
     policy: MODIPPolicy
     optimizer_names = ("model_optimizer", "value_optimizer", "actor_optimizer")
+    rollout_choices = ("auto", "policy", "planner")
 
     def __init__(
         self,
@@ -124,7 +128,7 @@ class MODIP(DiffusionAlgorithm):
         offline_dataset: DatasetSources | None = None,
         pretrain_steps: int = 10_000,
         offline_fraction: float = 0.5,
-        rollout_with: ActingMode = "planner",
+        rollout_with: Literal["auto"] | ActingMode = "auto",
         n_plan_steps: int | None = None,
         inference: ActingMode = "policy",
         planner_kwargs: dict[str, Any] | None = None,
@@ -234,9 +238,9 @@ class MODIP(DiffusionAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_label_buffer"]
 
-    def _act(self, obs: PyTorchObs, state: ChunkState) -> tuple[np.ndarray, ChunkState, Plan | None]:
+    def _act(self, obs: PyTorchObs, state: ChunkState, mode: ActingMode) -> tuple[np.ndarray, ChunkState, Plan | None]:
         assert self.n_plan_steps is not None
-        return self.policy.act(obs, state, self.rollout_with, deterministic=False, n_plan_steps=self.n_plan_steps)
+        return self.policy.act(obs, state, mode, deterministic=False, n_plan_steps=self.n_plan_steps)
 
     def _setup_optimizers(self) -> None:
         self.model_optimizer = self._make_model_optimizer()
@@ -272,8 +276,8 @@ class MODIP(DiffusionAlgorithm):
                 metrics.update(self._distill(len(batch.mask)))
         else:
             horizon = self.policy.action_horizon
-            chunks = Chunks(features[:, 0].detach(), batch.actions[:, :horizon], batch.mask[:, :horizon])
-            metrics.update(self._clone(chunks))
+            condition = self.policy.actor_condition(features[:, 0])
+            metrics.update(self._clone(batch.actions[:, :horizon], condition, batch.mask[:, :horizon]))
         return metrics
 
     def _features(self, batch: SequenceBatch) -> th.Tensor:
@@ -336,15 +340,6 @@ class MODIP(DiffusionAlgorithm):
         self._optimize(self.value_optimizer, loss)
         return metrics
 
-    def _clone(self, chunks: Chunks) -> Metrics:
-        """One step of the denoising loss."""
-        policy = self.policy
-        loss, metrics = policy.actor.compute_loss(
-            chunks.actions, policy.actor_condition(chunks.features), chunks.weights
-        )
-        self._update_actor(loss)
-        return metrics
-
     def _distill(self, batch_size: int) -> Metrics:
         """Clone what was executed, the planner's labels, or both."""
         sources = []
@@ -352,7 +347,7 @@ class MODIP(DiffusionAlgorithm):
             sources.append(self._executed_chunks(batch_size))
         if self.distill_from != "executed":
             sources.append(self._labelled_chunks(batch_size))
-        return self._clone(Chunks(*map(th.cat, zip(*sources, strict=True))))
+        return self._clone(*map(th.cat, zip(*sources, strict=True)))
 
     def _sample_distilled(self, batch_size: int, length: int) -> SequenceBatch:
         """From offline data and replay, in the shares that are to be cloned."""
@@ -366,6 +361,12 @@ class MODIP(DiffusionAlgorithm):
             share = self._offline_share
         return self._sample_batch(batch_size, length, share)
 
+    @property
+    def _weighting_strength(self) -> float:
+        """β, but less while the data's episodes are better than what the critics' judgement has led to so far."""
+        compares = self.distill_offline_fraction == "auto" and self._offline_buffers
+        return self.distill_beta * (min(1.0, 2 * (1 - self._offline_share)) if compares else 1.0)
+
     @th.no_grad()
     def _executed_chunks(self, batch_size: int) -> Chunks:
         """Chunks from replay, weighted by their advantage or not."""
@@ -373,19 +374,13 @@ class MODIP(DiffusionAlgorithm):
         features, weights = self._features(batch), batch.mask
         if self.distill_weighting == "advantage":
             returns, values, _ = self._compute_returns(batch, features)
-            weights = weights * self._advantage_weights(returns[:, 0] - values[:, 0])[:, None]
-        return Chunks(features[:, 0], batch.actions, weights)
+            weights = weights * advantage_weights(returns[:, 0] - values[:, 0], self._weighting_strength)[:, None]
+        return Chunks(batch.actions, self.policy.actor_condition(features[:, 0]), weights)
 
     @th.no_grad()
     def _labelled_chunks(self, batch_size: int) -> Chunks:
         obs, actions = self._label_buffer.sample(batch_size, self.device)
-        return Chunks(self.policy.features(obs), actions, th.ones_like(actions[..., 0]))
-
-    def _advantage_weights(self, advantages: th.Tensor) -> th.Tensor:
-        """exp(β A / σ_A) with A = G^λ - V(s), centred, clipped, of mean one ``(B,)`` (AWR, arXiv:1910.00177)."""
-        centred = advantages - advantages.mean()  # else optimistic values would put every weight at the clip
-        weights = th.exp(self.distill_beta * centred / centred.std(correction=0).clamp(min=1e-6)).clamp(max=20.0)
-        return weights / weights.mean()
+        return Chunks(actions, self.policy.actor_condition(self.policy.features(obs)), th.ones_like(actions[..., 0]))
 
     def _relabel(self, num_states: int) -> None:
         """Plan at states of the policy's batches and keep the chunks for it to clone."""

@@ -9,7 +9,7 @@ from stable_baselines3.common.torch_layers import get_actor_critic_arch
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import polyak_update
 
-from modip_sb3.base import OfflineToOnlineAlgorithm
+from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm
 from modip_sb3.checks import check_at_least, check_count, check_fraction
 from modip_sb3.diffusion_policy import DEFAULT_NET_ARCH, DiffusionPolicy
 
@@ -43,6 +43,12 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
         self.actor_tau = actor_tau
         self.actor_decay_start = actor_decay_start
         self.max_grad_norm = max_grad_norm
+
+    def _clone(self, actions: th.Tensor, condition: th.Tensor, weights: th.Tensor) -> Metrics:
+        """One step of the denoising loss on chunks ``(B, T, A)``; see :meth:`DiffusionModel.compute_loss`."""
+        loss, metrics = self.policy.actor.compute_loss(actions, condition, weights)
+        self._update_actor(loss)
+        return metrics
 
     def _update_actor(self, loss: th.Tensor) -> None:
         """One step of the denoising loss, at the rate α / √max(t / t_ref, 1) after t steps (EDM2, arXiv:2312.02696)."""

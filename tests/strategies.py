@@ -196,6 +196,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     | OFFLINE
     | MODES
     | {
+        "rollout_with": choice("auto", "policy", "planner"),
         "n_steps": count(1, 6),
         "planner_kwargs": PLANNER_KWARGS,
         "critic_target": choice("v", "policy"),

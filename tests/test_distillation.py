@@ -10,7 +10,7 @@ from walk import MakeModel, Recorder, Walk, observations, parameters, record_wal
 from modip_sb3 import MODIP
 from modip_sb3.baselines import DiffusionBC
 from modip_sb3.buffers import SequenceReplayBuffer
-from modip_sb3.mixing import PRIOR_STEPS, offline_share
+from modip_sb3.mixing import PRIOR_STEPS, advantage_weights, offline_share
 from modip_sb3.planner import Plan
 
 # ------------------------------------------------------------------ shares
@@ -108,7 +108,7 @@ def test_the_policy_clones_the_share_it_is_told(make_model: MakeModel, fraction:
     model.learn(20)
     model.replay_buffer.actions[:] = -1
     chunks = model._executed_chunks(400)
-    assert [part.shape for part in chunks] == [(400, 2), (400, 4, 1), (400, 4)]
+    assert [part.shape for part in chunks] == [(400, 4, 1), (400, 2), (400, 4)]
     assert (chunks.actions[:, 0] == 1).float().mean() == expected
 
 
@@ -125,6 +125,30 @@ def test_the_share_falls_with_better_episodes(make_model: MakeModel) -> None:
         shares.append(model._offline_share)
     num_steps = model.replay_buffer.episode_returns()[1].sum()
     assert shares == [1.0, pytest.approx(PRIOR_STEPS / (PRIOR_STEPS + num_steps))]
+
+
+@pytest.mark.parametrize(("share", "strength"), [(1.0, 0.0), (0.75, 0.5), (0.5, 1.0), (0.1, 1.0)])
+def test_advantages_count_less_while_the_data_is_better(make_model: MakeModel, share: float, strength: float) -> None:
+    model = make_model(Walk(), offline_dataset=record_walk(), distill_beta=3.0).learn(20)
+    model._offline_share, model._share_since = share, model._episode_num
+    assert model._weighting_strength == pytest.approx(3.0 * strength)
+    weights = model._executed_chunks(50).weights
+    assert (weights[weights > 0].std(correction=0) < 1e-6) == (strength == 0)
+    for settings in ({"distill_offline_fraction": 0.9, "offline_dataset": record_walk()}, {}):
+        assert make_model(Walk(), distill_beta=3.0, **settings)._weighting_strength == 3.0
+
+
+@pytest.mark.parametrize("advantage", [-100.0, 100.0, 0.0])
+def test_equal_advantages_weigh_the_same(advantage: float) -> None:
+    np.testing.assert_allclose(advantage_weights(th.full((8,), advantage), 2.0), 1.0, rtol=1e-5)
+
+
+def test_advantage_weights_do_not_depend_on_an_offset_or_a_scale() -> None:
+    advantages = th.tensor([-1.0, 0.0, 1.0, 0.0])  # standard deviation sqrt(1/2)
+    expected = np.exp(2 * np.array([-1, 0, 1, 0]) * np.sqrt(2))
+    for offset, scale in ((0.0, 1.0), (-500.0, 1.0), (500.0, 7.0)):
+        weights = advantage_weights(offset + scale * advantages, 2.0)
+        np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-4)
 
 
 def test_without_data_everything_is_experience(make_model: MakeModel) -> None:

@@ -197,21 +197,6 @@ def test_ablations(make_model: MakeModel, settings: dict[str, Any], tmp_path: Pa
     loaded.learn(4, reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize("advantage", [-100.0, 100.0, 0.0])
-def test_equal_advantages_weigh_the_same(make_model: MakeModel, advantage: float) -> None:
-    weights = make_model(Walk())._advantage_weights(th.full((8,), advantage))
-    np.testing.assert_allclose(weights, 1.0, rtol=1e-5)
-
-
-def test_advantage_weights_do_not_depend_on_an_offset_or_a_scale(make_model: MakeModel) -> None:
-    advantages = th.tensor([-1.0, 0.0, 1.0, 0.0])  # standard deviation sqrt(1/2)
-    expected = np.exp(2 * np.array([-1, 0, 1, 0]) * np.sqrt(2))
-    model = make_model(Walk(), distill_beta=2.0)
-    for offset, scale in ((0.0, 1.0), (-500.0, 1.0), (500.0, 7.0)):
-        weights = model._advantage_weights(offset + scale * advantages)
-        np.testing.assert_allclose(weights, expected / expected.mean(), rtol=1e-4)
-
-
 def test_learns_from_its_first_transition(make_model: MakeModel) -> None:
     model = make_model(Walk(), learning_starts=0).learn(3)
     assert all(th.isfinite(value).all() for value in parameters(model).values())

@@ -48,7 +48,7 @@ def test_learns_from_scratch_without_a_warning(make_model: MakeModel, denoiser: 
         assert model.learn(20) is model
     assert (model.num_timesteps, model._n_updates) == (20, 10)
     unchanged = {name.split(".")[0] for name, value in parameters(model).items() if th.equal(value, before[name])}
-    assert unchanged <= {"world_model", "value", "critic", "value_target", "critic_target"}
+    assert unchanged <= {"world_model", "value", "critic", "value_target", "critic_target", "trusts_planner"}
     assert not th.equal(before["normalizer.mean"], model.policy.normalizer.mean)
     for name in ("world_model", "value", "critic", "value_target", "critic_target", "actor", "actor_ema"):
         changed = [not th.equal(v, before[f"{name}.{k}"]) for k, v in getattr(model.policy, name).named_parameters()]
@@ -97,12 +97,12 @@ def test_learn_can_go_on(make_model: MakeModel) -> None:
     assert (model.num_timesteps, model._n_updates) == (12, 5 + 10 + 2)
 
 
-@pytest.mark.parametrize("modes", [("planner", "policy"), ("policy", "planner")])
+@pytest.mark.parametrize("modes", [("planner", "policy"), ("policy", "planner"), ("planner", "auto")])
 def test_rollout_with_can_change(make_model: MakeModel, modes: tuple[str, str]) -> None:
     model = make_model(Walk(), policy_kwargs={"horizon": 2}, rollout_with=modes[0]).learn(12)
     model.rollout_with = modes[1]
     model.learn(10, reset_num_timesteps=False)
-    assert model._chunk_state[0].shape[1] == {"planner": 2, "policy": 4}[modes[1]]
+    assert model._chunk_state[0].shape[1] == {"planner": 2, "policy": 4, "auto": 4}[modes[1]]
 
 
 def test_optimize_memory_usage_and_saved_replay_buffer(make_model: MakeModel, tmp_path: Path) -> None:

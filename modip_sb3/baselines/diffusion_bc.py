@@ -113,8 +113,5 @@ class DiffusionBC(DiffusionAlgorithm):
 
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
         """The denoising loss on the batch's chunks; actions after an episode's end do not count."""
-        policy = self.policy
-        features = policy.features(map_obs(lambda obs: obs[:, 0], batch.observations))
-        loss, metrics = policy.actor.compute_loss(batch.actions, features, batch.mask)
-        self._update_actor(loss)
-        return metrics
+        features = self.policy.features(map_obs(lambda obs: obs[:, 0], batch.observations))
+        return self._clone(batch.actions, features, batch.mask)

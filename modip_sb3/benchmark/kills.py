@@ -203,7 +203,7 @@ def contents(model: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     parts = {"parameters": model.get_parameters(), "rng": rng_state()}  # optimisers' too
     for name, value in vars(model).items():
-        if isinstance(value, BaseBuffer | LabelBuffer) or name == "_plan_tracker":
+        if isinstance(value, BaseBuffer | LabelBuffer) or name in ("_plan_tracker", "_trial"):
             parts[name] = vars(value)
         elif name in ("_chunk_state", "_last_obs", "q_scale", "num_timesteps", "_n_updates", "_n_pretrain_updates"):
             parts[name] = value

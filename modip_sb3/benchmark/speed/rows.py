@@ -146,7 +146,7 @@ def learning(clock: Clock, steps: int = 100) -> Iterator[Row]:
 
     def act() -> None:
         model.policy.set_training_mode(False)
-        model.policy.act(obs, model._chunk_state, model.rollout_with, False)
+        model._act_in_each(obs, model._chunk_state)
 
     def update() -> None:
         model.policy.set_training_mode(True)
