@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "MlpPolicy",
         args.env,
         offline_dataset=args.dataset if args.obs_keys is None else {"dataset": args.dataset, "obs_keys": args.obs_keys},
-        batch_size=128,
+        batch_size=64,
         train_freq=2,
         policy_kwargs={"denoiser": "mlp"},
         seed=args.seed,

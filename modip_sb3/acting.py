@@ -47,8 +47,6 @@ class ActingPolicy(BasePolicy):
     horizon: int
     """Environment steps that a plan looks ahead."""
     inference: ActingMode
-    trusts_planner: th.Tensor
-    """Whether the planner is better than the policy alone, as far as is known (bool)."""
 
     def __init__(
         self,
@@ -64,12 +62,11 @@ class ActingPolicy(BasePolicy):
             features_extractor_class = CombinedExtractor if is_dict else FlattenExtractor
         super().__init__(observation_space, action_space, features_extractor_class, *args, squash_output=True, **kwargs)
         self.action_dim = get_action_dim(action_space)
-        self.register_buffer("trusts_planner", th.ones((), dtype=th.bool))
 
     @property
     def acting_mode(self) -> ActingMode:
-        """Who acts in ``predict()``: ``inference``, but the policy where it was found to be better than the planner."""
-        return self.inference if self.trusts_planner else "policy"
+        """Who acts in ``predict()``."""
+        return self.inference
 
     @abstractmethod
     def act(

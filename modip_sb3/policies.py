@@ -52,6 +52,9 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     :param optimizer_kwargs: the optimisers' keyword arguments, without the learning rate
     """
 
+    trusts_planner: th.Tensor
+    """Whether the planner is better than the policy alone, as far as is known (bool)."""
+
     def __init__(
         self,
         observation_space: spaces.Space,
@@ -115,6 +118,11 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         self.horizon, self.inference = horizon, inference
         self.check_planner()
 
+    @property
+    def acting_mode(self) -> ActingMode:
+        """Who acts in ``predict()``: ``inference``, but the policy where it was found to be better than the planner."""
+        return self.inference if self.trusts_planner else "policy"
+
     def _build(self) -> None:
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
         self.features_extractor = self.make_features_extractor()
@@ -124,6 +132,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         self.value = ValueEnsemble(self.latent_dim, 0, self.n_critics, critic_arch)
         self.critic = ValueEnsemble(self.latent_dim, self.action_dim, self.n_critics, critic_arch)
         self._build_actor(self.latent_dim if self.terminal_value == "q" else features_dim, actor_arch)
+        self.register_buffer("trusts_planner", th.ones((), dtype=th.bool))
         self.value_target = deepcopy(self.value).requires_grad_(False)
         self.critic_target = deepcopy(self.critic).requires_grad_(False)
 

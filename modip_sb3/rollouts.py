@@ -150,7 +150,8 @@ class ActingAlgorithm(OfflineDataAlgorithm):
 
     def _learn_from_trial(self) -> None:
         """The planner is what ``predict()`` uses as long as the policy alone has not turned out better."""
-        self.policy.trusts_planner.fill_(not self._trial.policy_is_better)
+        policy: Any = self.policy
+        policy.trusts_planner.fill_(not self._trial.policy_is_better)
         for mode, returns in self._trial.returns.items():
             if returns:
                 self.logger.record(f"rollout/{mode}_return", float(np.mean(returns)))
