@@ -25,6 +25,7 @@ from modip_sb3.evaluation import Evaluation, evaluate
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed
+KITCHEN: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform"}  # as in zoo_configs/modip.yml
 COUNTING = {"terminate_on_tasks_completed": True, "remove_task_when_completed": True}
 
 
@@ -49,11 +50,12 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         "MlpPolicy",
         args.env,
         offline_dataset=args.dataset if args.obs_keys is None else {"dataset": args.dataset, "obs_keys": args.obs_keys},
-        batch_size=64,
+        batch_size=128,
         train_freq=2,
         policy_kwargs={"denoiser": "mlp"},
         seed=args.seed,
         tensorboard_log=str(args.output / "tensorboard"),
+        **(KITCHEN if args.task == "kitchen" else {}),
     )
     best, env_kwargs = (4, COUNTING) if args.task == "kitchen" else (1, None)
     model.pretrain(args.pretrain, progress_bar=True)

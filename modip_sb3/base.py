@@ -6,11 +6,10 @@ from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
-from stable_baselines3.common.utils import configure_logger, obs_as_tensor
+from stable_baselines3.common.utils import configure_logger
 from stable_baselines3.common.vec_env import VecEnv
 from tqdm import TqdmExperimentalWarning
 from tqdm.rich import tqdm
@@ -135,13 +134,6 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
         for obs in obs_blocks(datasets):
             self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))
 
-    def _update_normalizer(self, obs: Any) -> None:
-        if self.policy.normalizes_features:
-            with th.no_grad():
-                tensors = obs_as_tensor(obs, self.device)
-                features = self.policy.extract_features(tensors, self.policy.features_extractor)
-                self.policy.normalizer.update(features)
-
     def pretrain(
         self: SelfOfflineToOnline,
         total_updates: int,
@@ -235,19 +227,6 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
             self.pretrain(total, _checkpoints_of(callback), progress_bar=_shows_progress(callback))
             self.start_time = time.time_ns()  # it does not count in the environment steps per second
         return super().collect_rollouts(env, callback, *args, **kwargs)
-
-    def _store_transition(
-        self,
-        replay_buffer: Any,
-        buffer_action: np.ndarray,
-        new_obs: Any,
-        reward: np.ndarray,
-        dones: np.ndarray,
-        infos: list[dict[str, Any]],
-    ) -> None:
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        if not self._knows_something:
-            self._update_normalizer(new_obs)
 
     # ---------------------------------------------------------------- learning
 

@@ -66,8 +66,8 @@ class MODIP(DiffusionAlgorithm):
         them, with options; see :meth:`OfflineDataset.load` and :func:`~modip_sb3.datasets.load_sources`
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
-    :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"; "auto" is the planner for most
-        episodes, or the policy alone if its own turn out better, see :class:`~modip_sb3.trial.Trial`
+    :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"; "auto" for whichever has the
+        better episodes, see :class:`~modip_sb3.trial.Trial`, where good demonstrations mislead the planner
     :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; by
         default as many as the policy executes a chunk for, which clones what was executed
     :param inference: what ``predict()`` uses, "policy" or "planner"; also with the latter the policy acts alone once
@@ -84,8 +84,7 @@ class MODIP(DiffusionAlgorithm):
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
         "both"
     :param distill_weighting: "advantage" weights executed chunks by exp(β A / σ_A), "uniform" is the paper's loss
-    :param distill_beta: β of the advantage weights, raising it clones fewer, better chunks; with an "auto" share of
-        offline chunks above one half, less of it is used: 2 (1 - share)
+    :param distill_beta: β of the advantage weights; raising it clones fewer, better chunks
     :param relabel_freq: updates between two calls of the planner for a batch of labels
     :param actor_tau: rate at which the policy's exponential moving average follows
     :param actor_decay_start: updates of the policy after which its learning rate falls with the inverse square root of
@@ -128,7 +127,7 @@ class MODIP(DiffusionAlgorithm):
         offline_dataset: DatasetSources | None = None,
         pretrain_steps: int = 10_000,
         offline_fraction: float = 0.5,
-        rollout_with: Literal["auto"] | ActingMode = "auto",
+        rollout_with: Literal["auto"] | ActingMode = "planner",
         n_plan_steps: int | None = None,
         inference: ActingMode = "policy",
         planner_kwargs: dict[str, Any] | None = None,
@@ -361,12 +360,6 @@ class MODIP(DiffusionAlgorithm):
             share = self._offline_share
         return self._sample_batch(batch_size, length, share)
 
-    @property
-    def _weighting_strength(self) -> float:
-        """β, but less while the data's episodes are better than what the critics' judgement has led to so far."""
-        compares = self.distill_offline_fraction == "auto" and self._offline_buffers
-        return self.distill_beta * (min(1.0, 2 * (1 - self._offline_share)) if compares else 1.0)
-
     @th.no_grad()
     def _executed_chunks(self, batch_size: int) -> Chunks:
         """Chunks from replay, weighted by their advantage or not."""
@@ -374,7 +367,7 @@ class MODIP(DiffusionAlgorithm):
         features, weights = self._features(batch), batch.mask
         if self.distill_weighting == "advantage":
             returns, values, _ = self._compute_returns(batch, features)
-            weights = weights * advantage_weights(returns[:, 0] - values[:, 0], self._weighting_strength)[:, None]
+            weights = weights * advantage_weights(returns[:, 0] - values[:, 0], self.distill_beta)[:, None]
         return Chunks(batch.actions, self.policy.actor_condition(features[:, 0]), weights)
 
     @th.no_grad()

@@ -7,6 +7,7 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.common.utils import obs_as_tensor
 
 from modip_sb3.acting import ActingMode, ActingPolicy, ChunkState
 from modip_sb3.buffers import map_obs
@@ -23,7 +24,7 @@ class ActingAlgorithm(OfflineDataAlgorithm):
 
     :param args: arguments of :class:`OffPolicyAlgorithm`
     :param rollout_with: what collects experience in ``learn()``, one of ``rollout_choices``: "planner", "policy", or
-        "auto" for the planner in most episodes, or the policy alone if its own turn out better
+        "auto" for whichever has the better episodes
     :param inference: what ``predict()`` uses, "policy" or "planner"
     :param kwargs: keyword arguments of :class:`OffPolicyAlgorithm`
     """
@@ -42,7 +43,7 @@ class ActingAlgorithm(OfflineDataAlgorithm):
     @property
     @abstractmethod
     def _knows_something(self) -> bool:
-        """Whether the policy has learned from data: it acts from the first step."""
+        """Whether the policy has learned from data: it acts from the first step, and its normaliser stays."""
 
     @property
     def _on_trial(self) -> bool:
@@ -140,6 +141,8 @@ class ActingAlgorithm(OfflineDataAlgorithm):
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
         assert self._chunk_state is not None
         self._chunk_state[1][dones] = -1  # what is left of a chunk or a plan ends with its episode
+        if not self._knows_something:
+            self._update_normalizer(new_obs)
         truncated = np.array([info.get("TimeLimit.truncated", False) for info in infos])
         predicted, realized = self._plan_tracker.step(reward, dones & ~truncated, truncated)
         if len(predicted) > 0:
@@ -147,6 +150,13 @@ class ActingAlgorithm(OfflineDataAlgorithm):
             self.logger.record_mean("rollout/plan_realized", realized.mean())
         if self._on_trial and self._trial.step(reward, dones):
             self._learn_from_trial()
+
+    def _update_normalizer(self, obs: Any) -> None:
+        if self.policy.normalizes_features:
+            with th.no_grad():
+                tensors = obs_as_tensor(obs, self.device)
+                features = self.policy.extract_features(tensors, self.policy.features_extractor)
+                self.policy.normalizer.update(features)
 
     def _learn_from_trial(self) -> None:
         """The planner is what ``predict()`` uses as long as the policy alone has not turned out better."""

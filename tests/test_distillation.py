@@ -127,17 +127,6 @@ def test_the_share_falls_with_better_episodes(make_model: MakeModel) -> None:
     assert shares == [1.0, pytest.approx(PRIOR_STEPS / (PRIOR_STEPS + num_steps))]
 
 
-@pytest.mark.parametrize(("share", "strength"), [(1.0, 0.0), (0.75, 0.5), (0.5, 1.0), (0.1, 1.0)])
-def test_advantages_count_less_while_the_data_is_better(make_model: MakeModel, share: float, strength: float) -> None:
-    model = make_model(Walk(), offline_dataset=record_walk(), distill_beta=3.0).learn(20)
-    model._offline_share, model._share_since = share, model._episode_num
-    assert model._weighting_strength == pytest.approx(3.0 * strength)
-    weights = model._executed_chunks(50).weights
-    assert (weights[weights > 0].std(correction=0) < 1e-6) == (strength == 0)
-    for settings in ({"distill_offline_fraction": 0.9, "offline_dataset": record_walk()}, {}):
-        assert make_model(Walk(), distill_beta=3.0, **settings)._weighting_strength == 3.0
-
-
 @pytest.mark.parametrize("advantage", [-100.0, 100.0, 0.0])
 def test_equal_advantages_weigh_the_same(advantage: float) -> None:
     np.testing.assert_allclose(advantage_weights(th.full((8,), advantage), 2.0), 1.0, rtol=1e-5)

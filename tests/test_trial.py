@@ -94,8 +94,8 @@ def test_environments_have_episodes_of_their_own() -> None:
 @pytest.mark.parametrize("policy_kwargs", [{}, {"horizon": 2}])
 @pytest.mark.parametrize("n_envs", [1, 3])
 def test_both_act_in_learn(make_model: MakeModel, n_envs: int, policy_kwargs: dict[str, Any]) -> None:
-    model = make_model(vec_walk(n_envs), offline_dataset=record_walk(), policy_kwargs=policy_kwargs)
-    assert model.rollout_with == "auto"
+    data = record_walk()
+    model = make_model(vec_walk(n_envs), rollout_with="auto", offline_dataset=data, policy_kwargs=policy_kwargs)
     recorder = Recorder()
     model.learn(120, recorder)
     assert {"rollout/planner_return", "rollout/policy_return"} <= recorder.keys
@@ -106,13 +106,12 @@ def test_both_act_in_learn(make_model: MakeModel, n_envs: int, policy_kwargs: di
     assert ended.sum() == len(returns) > 2 * MIN_EPISODES
 
 
-@pytest.mark.parametrize(("settings", "expected"), [({}, 0), ({"rollout_with": "planner"}, 0)])
-def test_no_trial(make_model: MakeModel, settings: dict[str, Any], expected: int) -> None:
-    data = {"offline_dataset": record_walk()} if settings else {}  # without data there is no policy to compare with
-    model = make_model(Walk(), **settings, **data)
+@pytest.mark.parametrize(("mode", "has_data"), [("auto", False), ("planner", True)])
+def test_no_trial_without_data_or_wish(make_model: MakeModel, mode: str, has_data: bool) -> None:
+    model = make_model(Walk(), rollout_with=mode, offline_dataset=record_walk() if has_data else None)
     recorder = Recorder()
     model.learn(60, recorder)
-    assert sum(map(len, model._trial.returns.values())) == expected and "rollout/policy_return" not in recorder.keys
+    assert not any(model._trial.returns.values()) and "rollout/policy_return" not in recorder.keys
     assert "rollout/plan_gain" in recorder.keys
 
 
@@ -140,7 +139,7 @@ def test_the_state_of_another_actor_is_dropped(make_model: MakeModel) -> None:
 
 
 def test_returns_go_on_after_loading(make_model: MakeModel, tmp_path: Any) -> None:
-    model = make_model(vec_walk(2), offline_dataset=record_walk()).learn(60)
+    model = make_model(vec_walk(2), rollout_with="auto", offline_dataset=record_walk()).learn(60)
     model.save(tmp_path / "model")
     loaded = MODIP.load(tmp_path / "model", env=vec_walk(3), offline_dataset=record_walk())
     assert loaded._trial.returns == model._trial.returns
