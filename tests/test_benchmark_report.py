@@ -11,7 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 from bench import ENV_ID, NAME, command, run
-from rliable.metrics import probability_of_improvement
 
 from modip_sb3.benchmark import comparison, statistics
 from modip_sb3.benchmark.__main__ import make_parser
@@ -19,7 +18,7 @@ from modip_sb3.benchmark.plan import plan
 from modip_sb3.benchmark.records import Key, Record, check_comparable, read_runs
 from modip_sb3.benchmark.report import Report
 from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, RunFolder, as_csv, read_rows
-from modip_sb3.benchmark.tables import make_curves, what_seeds_allow
+from modip_sb3.benchmark.tables import make_curves
 from modip_sb3.benchmark.worker import execute
 from modip_sb3.datasets import normalized_score
 
@@ -365,44 +364,3 @@ def test_faults_of_the_command(copied: Path, tmp_path: Path) -> None:
     )
     found = run("report", str(copied), "--baseline", "sac", "ppo")
     assert found == "--baseline 'ppo' is no complete row; choose from ['modip (policy)', 'modip (planner)', 'sac']."
-
-
-# -------------------------------------------------------------------- statistics
-
-
-def test_interquartile_means() -> None:
-    scores = np.array([[0.0, 10.0], [1.0, 11.0], [2.0, 12.0], [100.0, -50.0]])
-    estimate = statistics.interquartile_means({"a": scores})["a"]
-    assert estimate.value == np.mean([1, 2, 10, 11])  # of eight runs the two best and the two worst do not count
-    assert estimate.low < estimate.value < estimate.high
-    assert statistics.interquartile_means({"a": scores})["a"] == estimate  # the same resamples each time
-    one = statistics.interquartile_means({"a": scores[:1, :1]})["a"]
-    assert one == (0.0, 0.0, 0.0)
-
-
-def test_bootstrap_leaves_the_random_numbers_alone() -> None:
-    np.random.seed(0)
-    expected = np.random.rand()
-    np.random.seed(0)
-    statistics.means({"a": np.arange(6.0).reshape(3, 2)})
-    assert np.random.rand() == expected
-
-
-def test_probability_of_improvement() -> None:
-    scores = {"base": np.array([[1.0], [2.0]]), "a": np.array([[1.5], [3.0]]), "b": np.array([[0.0], [0.5]])}
-    found = statistics.probabilities_of_improvement(scores, "base")
-    assert {name: estimate.value for name, estimate in found.items()} == {"a": 0.75, "b": 0.0}
-    assert found["b"] == (0.0, 0.0, 0.0) and found["a"][1:] == (0.0, 1.0)
-    rliable_point = probability_of_improvement(scores["a"], scores["base"])
-    assert found["a"].value == rliable_point
-
-
-def test_performance_profiles() -> None:
-    profiles = statistics.performance_profiles({"a": np.array([[1.0], [2.0], [3.0]])}, np.array([0.0, 1.5, 2.5, 3.0]))
-    np.testing.assert_allclose(profiles["a"].value, [1, 2 / 3, 1 / 3, 0])
-
-
-def test_what_is_said_of_few_seeds() -> None:
-    assert "has 10 distinct resamples" in what_seeds_allow(3) and "the IQM is their mean" in what_seeds_allow(3)
-    assert "the IQM is their mean" not in what_seeds_allow(5) and "no interval" in what_seeds_allow(1)
-    assert what_seeds_allow(10) == "Intervals: stratified bootstrap over 10 seeds."
