@@ -230,6 +230,24 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
 
     # ---------------------------------------------------------------- learning
 
+    def train(self, gradient_steps: int, batch_size: int) -> None:
+        """
+        Update every network on offline and online sequences.
+
+        :param gradient_steps: number of updates
+        :param batch_size: sequences in a batch
+        """
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self._optimizers)
+        metrics: Metrics = {}
+        for _ in range(gradient_steps):
+            with self._skipping("train"):
+                metrics = self._update(self._sample_batch(batch_size), "online")
+            self._n_updates += 1
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        for name, value in metrics.items():
+            self.logger.record(f"train/{name}", value.item())
+
     def _make_optimizer(self, params: Any, **kwargs: Any) -> th.optim.Optimizer:
         """
         :param params: parameters, or groups of them; a group's ``lr_scale`` multiplies its learning rate

@@ -170,6 +170,24 @@ def check_flags(**settings: Any) -> None:
             raise ValueError(f"{name}={_shown(value)} is neither True nor False; give one of them, without quotes.")
 
 
+def check_ent_coef(ent_coef: Any) -> None:
+    """
+    :param ent_coef: entropy coefficient of SAC and its kin
+    :raises ValueError: if it is neither "auto", nor a start above 0 such as "auto_0.1", nor a number of at least 0
+    """
+    start = str(ent_coef).removeprefix("auto_")
+    try:
+        number = 1.0 if start == "auto" else float(start)
+    except ValueError:
+        number = np.nan
+    lowest = 1e-9 if start != str(ent_coef) else 0  # a start is taken the logarithm of
+    if isinstance(ent_coef, bool) or not lowest <= number < np.inf:
+        raise ValueError(
+            f"ent_coef={ent_coef!r} is neither 'auto', nor a start above 0 such as 'auto_0.1', nor a number of "
+            "at least 0; give one of them."
+        )
+
+
 def check_widths(**settings: Any) -> None:
     """
     :param settings: hidden widths by name

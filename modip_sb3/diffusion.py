@@ -125,13 +125,17 @@ class DiffusionModel(nn.Module):
         :param temperature: scale of the noise where it is drawn
         :return: action chunks in [-1, 1] ``(B, T, A)``
         """
+        return self.generate(condition, noise, temperature)
+
+    def generate(self, condition: th.Tensor, noise: th.Tensor | None = None, temperature: float = 1.0) -> th.Tensor:
+        """As :meth:`sample`, with the gradient through every denoising step."""
         fixed = noise is not None
         if noise is None:
             noise = temperature * th.randn(len(condition), *self.chunk_shape, device=condition.device)
         with self.denoiser.sampling(len(noise)):
             if self.steps is None:
                 chunks = self._sample_by_scheduler(condition, noise, fixed)
-            elif self._num_samples < TRACE_AFTER or condition.device.type != "cpu":
+            elif self._num_samples < TRACE_AFTER or condition.device.type != "cpu" or th.is_grad_enabled():
                 chunks = self._sample_in_closed_form(condition, noise)
             else:
                 chunks = self._sample_by_trace(condition, noise)
@@ -139,12 +143,30 @@ class DiffusionModel(nn.Module):
         return chunks.clamp(-1, 1)
 
     def _sample_in_closed_form(self, condition: th.Tensor, noise: th.Tensor) -> th.Tensor:
+        return self.chain(condition, noise)[-1]
+
+    def chain(
+        self, condition: th.Tensor, chunks: th.Tensor, first: int = 0, last: int | None = None, std: float = 0.0
+    ) -> list[th.Tensor]:
+        """
+        Some steps of the sampling, one after another, with the gradient; for a ``DDIMScheduler`` alone.
+
+        :param condition: observation features ``(B, C)``
+        :param chunks: what the first of them denoises ``(B, T, A)``
+        :param first: number of the first step
+        :param last: number of the step to stop before, None for the end
+        :param std: of Gaussian noise that each step adds to its result
+        :return: what the steps begin with, and what each leads to
+        """
         assert self.steps is not None
-        embeddings = self.denoiser.embed(self.timesteps[:, None], condition)  # (K, B, E)
-        chunks = noise
-        for step, embedding in zip(self.steps, embeddings.unbind(), strict=True):
+        embeddings = self.denoiser.embed(self.timesteps[first:last, None], condition)  # (K, B, E)
+        found = [chunks]
+        for step, embedding in zip(self.steps[first:last], embeddings.unbind(), strict=True):
             chunks = step(chunks, self.denoiser.denoise(chunks, embedding))
-        return chunks
+            if std > 0:
+                chunks = chunks + std * th.randn_like(chunks)
+            found.append(chunks)
+        return found
 
     def _sample_by_trace(self, condition: th.Tensor, noise: th.Tensor) -> th.Tensor:
         """The same operations on the same parameters, recorded once: without Python between them."""
@@ -207,6 +229,10 @@ class GaussianModel(nn.Module):
     @th.no_grad()
     def sample(self, condition: th.Tensor, noise: th.Tensor | None = None, temperature: float = 1.0) -> th.Tensor:
         """Chunks at ``mean + std * noise``; parameters as in :meth:`DiffusionModel.sample`."""
+        return self.generate(condition, noise, temperature)
+
+    def generate(self, condition: th.Tensor, noise: th.Tensor | None = None, temperature: float = 1.0) -> th.Tensor:
+        """As :meth:`sample`, with the gradient."""
         distribution = self._distribution(condition)
         if noise is None:
             noise = temperature * th.randn_like(distribution.mean)

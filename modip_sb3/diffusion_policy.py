@@ -1,6 +1,6 @@
 """A policy that is a diffusion model of action chunks."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -169,18 +169,47 @@ class DiffusionPolicy(ActingPolicy):
         noise = condition.new_zeros(len(condition), *self.chunk_shape) if deterministic else None
         return self.actor_ema.sample(condition, noise, self.sampling_temperature)
 
+    def sample_candidates(self, condition: th.Tensor, num_candidates: int, deterministic: bool = False) -> th.Tensor:
+        """
+        :param condition: see :meth:`actor_condition` ``(N, C)``
+        :param num_candidates: n, chunks to choose from, drawn at temperature 1
+        :param deterministic: the same chunks for the same condition
+        :return: action chunks of the EMA actor in [-1, 1] ``(N, n, T, A)``
+        """
+        noise = None
+        if deterministic:
+            shape = (num_candidates, *self.chunk_shape)
+            noise = th.randn(shape, generator=th.Generator().manual_seed(1)).to(self.device)
+            noise = noise.repeat(len(condition), 1, 1)
+        chunks = self.actor_ema.sample(condition.repeat_interleave(num_candidates, dim=0), noise)
+        return chunks.view(len(condition), num_candidates, *self.chunk_shape)
+
     def act(
         self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool
     ) -> tuple[np.ndarray, ChunkState, Plan | None]:
         """Execute chunks of the actor, each to its end; see :meth:`ActingPolicy.act`."""
         check_choice("inference", mode, "policy")
+        actions, next_state = self.continue_chunks(
+            obs, state, lambda condition: self.sample_chunks(condition, deterministic)
+        )
+        return actions, next_state, None
+
+    @th.no_grad()
+    def continue_chunks(
+        self, obs: PyTorchObs, state: ChunkState, sample: Callable[[th.Tensor], th.Tensor]
+    ) -> tuple[np.ndarray, ChunkState]:
+        """
+        :param obs: observations ``(B, *obs_shape)``
+        :param state: as in :meth:`ActingPolicy.act`
+        :param sample: new chunks ``(N, T, A)``, for environments that need one, from their conditions ``(N, C)``
+        :return: the next actions ``(B, A)``, and the next state, where the position is 1 if a chunk has begun
+        """
         chunks, position = state[0].copy(), state[1].copy()
         used_up = (position < 0) | (position >= self.n_action_steps)
         if used_up.any():
             index = th.as_tensor(np.flatnonzero(used_up), device=self.device)
-            with th.no_grad():
-                condition = self.actor_condition(self.features(map_obs(lambda part: part[index], obs)))
-            chunks[used_up] = self.sample_chunks(condition, deterministic).cpu().numpy()
+            condition = self.actor_condition(self.features(map_obs(lambda part: part[index], obs)))
+            chunks[used_up] = sample(condition).cpu().numpy()
             position[used_up] = 0
         actions = chunks[np.arange(len(position)), position]
-        return actions, (chunks, position + 1), None
+        return actions, (chunks, position + 1)

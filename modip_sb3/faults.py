@@ -56,6 +56,20 @@ def check_actions(actions: np.ndarray) -> None:
         )
 
 
+@contextmanager
+def finite_distribution() -> Iterator[None]:
+    """For what draws from an actor of SB3's SAC: a clear error where its networks have diverged."""
+    try:
+        yield
+    except ValueError as error:
+        if "found invalid values" not in str(error):  # what torch says where the mean or the deviation is not finite
+            raise
+        raise FloatingPointError(
+            "The actor's distribution is not finite: the networks have diverged, or the observation was not finite; go "
+            "back to an earlier checkpoint or model, and lower learning_rate."
+        ) from error
+
+
 def _dead_processes(env: VecEnv | None) -> list[str]:
     vec_env = None if env is None else env.unwrapped
     if not isinstance(vec_env, SubprocVecEnv):

@@ -246,31 +246,13 @@ class MODIP(DiffusionAlgorithm):
         self.value_optimizer = self._make_optimizer(self.policy.value.parameters())
         self.actor_optimizer = self._make_optimizer(self.policy.actor.parameters())
 
-    def train(self, gradient_steps: int, batch_size: int) -> None:
-        """
-        Update the world model, the critics, the policy and the targets.
-
-        :param gradient_steps: number of updates
-        :param batch_size: sequences in a batch
-        """
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self._optimizers)
-        metrics: Metrics = {}
-        for _ in range(gradient_steps):
-            with self._skipping("train"):
-                due = self._n_updates % self.relabel_freq == 0 or len(self._label_buffer) == 0
-                if self.distill_from != "executed" and due:
-                    self._relabel(batch_size)
-                metrics = self._update(self._sample_batch(batch_size), "online")
-            self._n_updates += 1
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, value in metrics.items():
-            self.logger.record(f"train/{name}", value.item())
-
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
+        """World model, critics, policy and targets."""
         features = self._features(batch)
         metrics = {} if phase == "clone" else self._update_model_and_critics(batch, features)
         if phase == "online":
+            if self.distill_from != "executed":
+                self._relabel_if_due(len(batch.mask))
             for _ in range(self.distill_steps):
                 metrics.update(self._distill(len(batch.mask)))
         else:
@@ -375,8 +357,10 @@ class MODIP(DiffusionAlgorithm):
         obs, actions = self._label_buffer.sample(batch_size, self.device)
         return Chunks(actions, self.policy.actor_condition(self.policy.features(obs)), th.ones_like(actions[..., 0]))
 
-    def _relabel(self, num_states: int) -> None:
+    def _relabel_if_due(self, num_states: int) -> None:
         """Plan at states of the policy's batches and keep the chunks for it to clone."""
+        if self._n_updates % self.relabel_freq != 0 and len(self._label_buffer) > 0:
+            return
         obs = map_obs(lambda array: array[:, 0], self._sample_distilled(num_states, 1).observations)
         self.policy.set_training_mode(False)
         try:

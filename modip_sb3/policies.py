@@ -162,16 +162,10 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         """
         with th.no_grad():
             features = self.features(obs)
-            condition = self.actor_condition(features).repeat_interleave(self.num_proposals, dim=0)
-            noise = None
-            if deterministic:
-                shape = (self.num_proposals, *self.chunk_shape)
-                noise = th.randn(shape, generator=th.Generator().manual_seed(1)).to(self.device)
-                noise = noise.repeat(len(features), 1, 1)
+            condition = self.actor_condition(features)
 
             def propose(latents: th.Tensor) -> th.Tensor:
-                chunks = self.actor_ema.sample(condition, noise)
-                return chunks.view(len(latents), self.num_proposals, *self.chunk_shape)[:, :, : self.horizon]
+                return self.sample_candidates(condition, self.num_proposals, deterministic)[:, :, : self.horizon]
 
             return self._make_planner(propose).plan(self.world_model.encode(features), warm_start, deterministic)
 

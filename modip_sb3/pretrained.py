@@ -10,6 +10,7 @@ from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm
+from modip_sb3.buffers import SequenceBatch, map_obs
 from modip_sb3.checks import check_at_least, check_count, check_fraction
 from modip_sb3.diffusion_policy import DEFAULT_NET_ARCH, DiffusionPolicy
 
@@ -43,6 +44,17 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
         self.actor_tau = actor_tau
         self.actor_decay_start = actor_decay_start
         self.max_grad_norm = max_grad_norm
+
+    def _make_actor_optimizer(self) -> th.optim.Optimizer:
+        """Of the denoiser and of a features extractor that learns by cloning alone."""
+        modules = (self.policy.features_extractor, self.policy.actor)
+        return self._make_optimizer([p for module in modules for p in module.parameters()])
+
+    def _clone_batch(self, batch: SequenceBatch) -> Metrics:
+        """The denoising loss on chunks from the start of each sequence; actions after an episode's end do not count."""
+        horizon = self.policy.action_horizon
+        features = self.policy.features(map_obs(lambda obs: obs[:, 0], batch.observations))
+        return self._clone(batch.actions[:, :horizon], features, batch.mask[:, :horizon])
 
     def _clone(self, actions: th.Tensor, condition: th.Tensor, weights: th.Tensor) -> Metrics:
         """One step of the denoising loss on chunks ``(B, T, A)``; see :meth:`DiffusionModel.compute_loss`."""

@@ -14,10 +14,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from walk import Walk, stack
 
 from modip_sb3 import MODIP
-from modip_sb3.baselines import RLPD, TDMPC2, DiffusionBC
+from modip_sb3.baselines import DPPO, DQL, DSRL, IDQL, PARL, RLPD, TDMPC2, DiffusionBC
 
 REPLAY = {"learning_starts": 6, "buffer_size": 200}
 OFFLINE = {"pretrain_steps": 3}
+ACTOR = {"denoiser": "mlp", "net_arch": [16], "num_inference_steps": 2}
 
 
 class Algorithm(NamedTuple):
@@ -39,11 +40,19 @@ ALGORITHMS = {
         },
     ),
     "RLPD": Algorithm(RLPD, REPLAY | {"policy_kwargs": {"net_arch": [16], "n_critics": 3}}),
-    "DiffusionBC": Algorithm(
-        DiffusionBC, OFFLINE | {"policy_kwargs": {"denoiser": "mlp", "net_arch": [16], "num_inference_steps": 2}}
+    "DiffusionBC": Algorithm(DiffusionBC, OFFLINE | {"policy_kwargs": ACTOR}),
+    "DQL": Algorithm(DQL, REPLAY | OFFLINE | {"policy_kwargs": ACTOR | {"num_candidates": 4}}),
+    "IDQL": Algorithm(IDQL, REPLAY | OFFLINE | {"policy_kwargs": ACTOR | {"num_candidates": 4}}),
+    "PARL": Algorithm(
+        PARL,
+        REPLAY | OFFLINE | {"policy_kwargs": ACTOR | {"num_candidates": 4, "num_refined": 2, "num_gradient_steps": 2}},
     ),
+    "DSRL": Algorithm(DSRL, REPLAY | OFFLINE | {"gradient_steps": 1, "policy_kwargs": ACTOR | {"noise_arch": [16]}}),
+    "DPPO": Algorithm(DPPO, OFFLINE | {"train_freq": 1, "n_epochs": 2, "policy_kwargs": ACTOR}),
 }
-LEARNERS = [name for name in ALGORITHMS if name != "DiffusionBC"]  # from environment steps, that is
+PLANNERS = ("MODIP", "TDMPC2")
+WITHOUT_REPLAY = ("DiffusionBC", "DPPO")
+LEARNERS = [name for name in ALGORITHMS if name not in WITHOUT_REPLAY]  # from replayed environment steps
 
 every_algorithm = pytest.mark.parametrize("algo", ALGORITHMS)
 every_learner = pytest.mark.parametrize("algo", LEARNERS)

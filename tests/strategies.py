@@ -146,6 +146,7 @@ WORLD_MODEL = {
     "inference": choice("policy", "planner"),
     "planner_kwargs": PLANNER_KWARGS,
 }
+CANDIDATES = DIFFUSION | {"n_critics": count(1, 3), "num_candidates": count(1, 4)}
 POLICY_KWARGS: dict[str, dict[str, Setting]] = {
     "MODIP": DIFFUSION | WORLD_MODEL | {"horizon": count(1, 4), "terminal_value": choice("v", "q")},
     "TDMPC2": POLICY
@@ -161,6 +162,23 @@ POLICY_KWARGS: dict[str, dict[str, Setting]] = {
     },
     "RLPD": POLICY | {"n_critics": count(2, 4)},
     "DiffusionBC": DIFFUSION,
+    "DQL": CANDIDATES | {"selection": choice("best", "softmax")},
+    "IDQL": CANDIDATES | {"selection": choice("best", "softmax", "expectile")},
+    "PARL": CANDIDATES
+    | {
+        "selection": choice("best", "softmax", "expectile"),
+        "num_refined": count(1, 4),
+        "num_gradient_steps": count(0, 2),
+        "step_size": at_least_zero(1),
+    },
+    "DSRL": DIFFUSION | {"n_critics": count(1, 3), "noise_magnitude": at_least_zero(3), "noise_arch": widths()},
+    "DPPO": DIFFUSION
+    | {
+        "proposal": Setting(st.just("diffusion"), choice("diffusion", "gaussian").bad),
+        "sample_scheduler": Setting(st.just("DDIMScheduler"), choice("DDIMScheduler").bad),
+        "num_finetuned_steps": optional(count(1, 1)),
+        "min_std": number(0.01, 1, 0),
+    },
 }
 
 # SB3's own
@@ -191,9 +209,11 @@ OFF_POLICY = LEARNER | {
 OFFLINE = {"pretrain_steps": count(1, 3), "max_grad_norm": at_least_zero(100)}
 MODES = {"rollout_with": choice("policy", "planner"), "inference": choice("policy", "planner")}
 NOT_ENTROPIES = JUNK.filter(lambda value: value != "auto") | st.floats().filter(lambda x: not 0 <= x < math.inf)
+ENT_COEF = Setting(st.sampled_from(["auto", "auto_0.1"]) | st.floats(0, 1), NOT_ENTROPIES | st.just("auto_0"))
+CLONING = OFFLINE | {"actor_tau": fraction(), "actor_decay_start": count(1, 5)}
 SETTINGS: dict[str, dict[str, Setting]] = {
     "MODIP": OFF_POLICY
-    | OFFLINE
+    | CLONING
     | MODES
     | {
         "rollout_with": choice("auto", "policy", "planner"),
@@ -212,8 +232,6 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "distill_weighting": choice("advantage", "uniform"),
         "distill_beta": at_least_zero(10),
         "relabel_freq": count(1, 50),
-        "actor_tau": fraction(),
-        "actor_decay_start": count(1, 5),
     },
     "TDMPC2": OFF_POLICY
     | OFFLINE
@@ -233,10 +251,28 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "policy_delay": count(1, 3),
         "n_target_critics": count(1, 2),
         "backup_entropy": flag(),
-        "ent_coef": Setting(st.sampled_from(["auto", "auto_0.1"]) | st.floats(0, 1), NOT_ENTROPIES | st.just("auto_0")),
+        "ent_coef": ENT_COEF,
         "target_entropy": Setting(st.just("auto") | st.floats(-3, 0), number().bad.filter(lambda v: v != "auto")),
     },
-    "DiffusionBC": LEARNER | OFFLINE | {"actor_tau": fraction(), "actor_decay_start": count(1, 5)},
+    "DiffusionBC": LEARNER | CLONING,
+    "DQL": OFF_POLICY | CLONING | {"eta": at_least_zero(3)},
+    "IDQL": OFF_POLICY | CLONING | {"expectile": fraction()},
+    "PARL": OFF_POLICY | CLONING | {"expectile": fraction(), "policy_delay": count(1, 3)},
+    "DSRL": OFF_POLICY
+    | CLONING
+    | {"noise_critic_steps": count(1, 2), "ent_coef": ENT_COEF, "target_entropy": number(-3, 0)},
+    "DPPO": LEARNER
+    | CLONING
+    | {
+        "gamma": fraction(),
+        "train_freq": count(1, 8),
+        "n_epochs": count(1, 2),
+        "gae_lambda": fraction(),
+        "gamma_denoising": fraction(),
+        "clip_range": at_least_zero(0.2),
+        "clip_range_base": at_least_zero(0.2),
+        "target_kl": optional(at_least_zero(2)),
+    },
 }
 
 

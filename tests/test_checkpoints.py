@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from algorithms import ALGORITHMS
 from conftest import SMALL_PLANNER, SMALL_POLICY
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -19,7 +20,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from walk import Walk, record_walk, vec_walk
 
 from modip_sb3 import MODIP
-from modip_sb3.baselines import RLPD, TDMPC2, DiffusionBC
+from modip_sb3.baselines import DPPO, DSRL, PARL, RLPD, TDMPC2, DiffusionBC
 from modip_sb3.benchmark.kills import contents
 from modip_sb3.datasets import OfflineDataset, save_d4rl
 from modip_sb3.resume import CheckpointCallback, find_checkpoint
@@ -43,6 +44,9 @@ SETTINGS: dict[type, dict[str, Any]] = {
         "seed": 0,
         "device": "cpu",
     },
+    PARL: ALGORITHMS["PARL"].settings | SMALL | {"pretrain_steps": 12},
+    DSRL: ALGORITHMS["DSRL"].settings | SMALL | {"pretrain_steps": 12},
+    DPPO: ALGORITHMS["DPPO"].settings | {"pretrain_steps": 12, "train_freq": 4, "seed": 0, "device": "cpu"},
 }
 ENV_ID = "checkpoint-test/walk-v0"
 gym.register(ENV_ID, Walk, max_episode_steps=4)
@@ -103,7 +107,7 @@ def test_online(algorithm: type, env_id: str, n_envs: int, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("explicit", [True, False])
-@pytest.mark.parametrize("algorithm", [MODIP, TDMPC2, DiffusionBC])
+@pytest.mark.parametrize("algorithm", [MODIP, TDMPC2, DiffusionBC, PARL, DSRL, DPPO])
 def test_offline_phase(algorithm: type, explicit: bool, tmp_path: Path, data: str) -> None:
     settings = {"distill_from": "both", "relabel_freq": 3} if algorithm is MODIP else {}
 

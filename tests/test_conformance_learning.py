@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch as th
-from algorithms import Endless, every_algorithm, every_learner, make, optimizers, random_data
+from algorithms import LEARNERS, Endless, every_algorithm, every_learner, make, optimizers, random_data
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.callbacks import (
@@ -141,7 +141,8 @@ def test_learning_rate_schedules(algo: str, schedule: Callable[[float], float]) 
 
 @every_learner
 def test_a_learning_rate_of_zero_changes_no_network(algo: str) -> None:
-    targets = {"tau": 0.0, "actor_tau": 0.0} if algo == "MODIP" else {"tau": 0.0}  # else they move by rounding errors
+    targets = {"tau": 0.0}  # else they move by rounding errors
+    targets |= {} if algo in ("TDMPC2", "RLPD") else {"actor_tau": 0.0}
     model = make(algo, learning_rate=lambda left: 0.0, **targets)
     before = parameters(model)
     model.learn(12)
@@ -196,7 +197,7 @@ def test_evaluations_and_checkpoints(algo: str, tmp_path: Path) -> None:
         warn=False,
     )
     checkpoints = CheckpointCallback(3, str(tmp_path), "model", save_vecnormalize=True)
-    checkpoints.save_replay_buffer = algo != "DiffusionBC"  # it keeps none
+    checkpoints.save_replay_buffer = algo in LEARNERS  # the others keep none
     every = Events()
     model = make(algo).learn(100, [checkpoints, EveryNTimesteps(2, every), evaluation])
     assert model.num_timesteps == 4  # any reward is above the threshold

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from algorithms import ALGORITHMS, every_algorithm, every_learner, make, random_data
+from algorithms import ALGORITHMS, LEARNERS, PLANNERS, every_algorithm, every_learner, make, random_data
 from episodes import in_one_sentence
 from stable_baselines3.common.buffers import BaseBuffer
 from stable_baselines3.common.logger import Logger
@@ -105,7 +105,7 @@ def test_what_is_not_finite_is_refused(
         model.learn(40)
     in_one_sentence(error, "mend the environment")
     assert model.num_timesteps == 2 * at
-    if algo != "DiffusionBC":
+    if algo in LEARNERS:
         assert model.replay_buffer.pos == max(at - 1, 0)
     assert_finite(model)
     model.learn(12, reset_num_timesteps=False)  # the fault has passed
@@ -117,7 +117,7 @@ def test_what_is_not_finite_is_refused(
 @pytest.mark.parametrize("inference", ["policy", "planner"])
 def test_actions_of_networks_that_have_diverged_are_not_executed(algo: str, inference: str) -> None:
     env = Faulty(pay(0.0), -1)
-    settings = {"inference": inference, "rollout_with": inference} if algo in ("MODIP", "TDMPC2") else {}
+    settings = {"inference": inference, "rollout_with": inference} if algo in PLANNERS else {}
     model = make(algo, env, **settings).learn(12)
     for parameter in model.policy.parameters():
         parameter.data.fill_(th.nan)
@@ -180,7 +180,7 @@ def test_divergence_ends_the_training(algo: str, tmp_path: Path) -> None:
     assert_finite(ALGORITHMS[algo].cls.resume(tmp_path, Walk(), device="cpu"))
 
 
-@pytest.mark.parametrize("algo", ["MODIP", "TDMPC2", "DiffusionBC"])
+@pytest.mark.parametrize("algo", [algo for algo in ALGORITHMS if algo != "RLPD"])
 def test_a_bad_batch_in_the_offline_phase(algo: str, tmp_path: Path) -> None:
     model = make(algo, Walk(), offline_dataset=record_walk())
     model.set_logger(Logger(None, []))

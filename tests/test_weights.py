@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch as th
-from algorithms import Sampler, assert_same_state, every_algorithm, make, optimizers, random_data
+from algorithms import LEARNERS, PLANNERS, Sampler, assert_same_state, every_algorithm, make, optimizers, random_data
 from episodes import in_one_sentence
 from gymnasium import spaces
 from safetensors import safe_open
@@ -74,7 +74,7 @@ def test_a_model_is_rebuilt(algo: str, kind: str, tmp_path: Path) -> None:
     assert_same(parameters(model), parameters(rebuilt))
     assert (rebuilt.observation_space, rebuilt.action_space) == (model.observation_space, model.action_space)
     obs = observations(model)
-    for inference in ("policy",) if algo in ("RLPD", "DiffusionBC") else ("policy", "planner"):
+    for inference in ("policy", "planner") if algo in PLANNERS else ("policy",):
         model.inference = rebuilt.inference = inference
         expected, _ = model.predict(obs, deterministic=True)
         np.testing.assert_array_equal(rebuilt.predict(obs, deterministic=True)[0], expected)
@@ -89,7 +89,8 @@ def test_learning_goes_on_from_weights(algo: str, tmp_path: Path) -> None:
     data = random_data(env)
     model = make(algo, vec_walk(1), offline_dataset=data).learn(10)
     path = model.save_weights(tmp_path / "model.safetensors")
-    settings = {name: value for name, value in (("learning_starts", 2), ("buffer_size", 50)) if algo != "DiffusionBC"}
+    settings = {"learning_starts": 2, "buffer_size": 50} if algo in LEARNERS else {}
+    settings |= {"train_freq": 4} if algo == "DPPO" else {}
     rebuilt = type(model).from_weights(path, env, batch_size=4, offline_dataset=data, device="cpu", **settings)
     assert rebuilt.batch_size == 4
     before = parameters(rebuilt)

@@ -8,7 +8,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from modip_sb3.base import Metrics, Phase
-from modip_sb3.buffers import SequenceBatch, map_obs
+from modip_sb3.buffers import SequenceBatch
 from modip_sb3.checks import check_count
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.diffusion_policy import DiffusionPolicy
@@ -102,8 +102,7 @@ class DiffusionBC(DiffusionAlgorithm):
 
     def _setup_model(self) -> None:
         super()._setup_model()
-        modules = (self.policy.features_extractor, self.policy.actor)
-        self.actor_optimizer = self._make_optimizer([p for module in modules for p in module.parameters()])
+        self.actor_optimizer = self._make_actor_optimizer()
 
     def _load_offline_data(self) -> None:
         if self.offline_dataset is not None:
@@ -112,6 +111,4 @@ class DiffusionBC(DiffusionAlgorithm):
             raise ValueError("DiffusionBC learns from data: pass offline_dataset to the constructor or to load().")
 
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
-        """The denoising loss on the batch's chunks; actions after an episode's end do not count."""
-        features = self.policy.features(map_obs(lambda obs: obs[:, 0], batch.observations))
-        return self._clone(batch.actions, features, batch.mask)
+        return self._clone_batch(batch)

@@ -1,7 +1,5 @@
 """RLPD: SAC with prior data (Ball et al., "Efficient Online Reinforcement Learning with Offline Data", 2302.02948)."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -23,6 +21,7 @@ from modip_sb3.buffers import SequenceReplayBuffer, map_obs
 from modip_sb3.checks import (
     BUFFER_ARGUMENTS,
     check_count,
+    check_ent_coef,
     check_flags,
     check_fraction,
     check_keywords,
@@ -30,23 +29,11 @@ from modip_sb3.checks import (
     check_one_hot,
 )
 from modip_sb3.datasets import DatasetSources
+from modip_sb3.faults import finite_distribution
 from modip_sb3.offline import OfflineDataAlgorithm
 
 Metrics = dict[str, th.Tensor]
 SelfRLPD = TypeVar("SelfRLPD", bound="RLPD")
-
-
-@contextmanager
-def _finite_distribution() -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        if "found invalid values" not in str(error):  # what torch says where the mean or the deviation is not finite
-            raise
-        raise FloatingPointError(
-            "The actor's distribution is not finite: the networks have diverged, or the observation was not finite; go "
-            "back to an earlier checkpoint or model, and lower learning_rate."
-        ) from error
 
 
 class LayerNormCritic(ContinuousCritic):
@@ -90,20 +77,6 @@ class LayerNormCritic(ContinuousCritic):
         return th.cat([self.q_networks[member](inputs) for member in members], dim=1)
 
 
-def _check_ent_coef(ent_coef: Any) -> None:
-    start = str(ent_coef).removeprefix("auto_")
-    try:
-        number = 1.0 if start == "auto" else float(start)
-    except ValueError:
-        number = np.nan
-    lowest = 1e-9 if start != str(ent_coef) else 0  # a start is taken the logarithm of
-    if isinstance(ent_coef, bool) or not lowest <= number < np.inf:
-        raise ValueError(
-            f"ent_coef={ent_coef!r} is neither 'auto', nor a start above 0 such as 'auto_0.1', nor a number of "
-            "at least 0; give one of them."
-        )
-
-
 class RLPDPolicy(SACPolicy):
     """
     SAC's policy with an ensemble of critics with LayerNorm.
@@ -134,7 +107,7 @@ class RLPDPolicy(SACPolicy):
         return LayerNormCritic(**critic_kwargs).to(self.device)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> th.Tensor:
-        with _finite_distribution():
+        with finite_distribution():
             return super()._predict(observation, deterministic)
 
 
@@ -256,7 +229,7 @@ class RLPD(OfflineDataAlgorithm, SAC):
         check_count(1, policy_delay=policy_delay, n_target_critics=n_target_critics)
         check_fraction(offline_fraction=offline_fraction)
         check_flags(backup_entropy=backup_entropy)
-        _check_ent_coef(ent_coef)
+        check_ent_coef(ent_coef)
         if target_entropy != "auto":
             check_number(target_entropy=target_entropy)
         self.offline_dataset = offline_dataset
@@ -354,7 +327,7 @@ class RLPD(OfflineDataAlgorithm, SAC):
     def _update_critic(self, batch: ReplayBufferSamples) -> Metrics:
         assert batch.discounts is not None
         with th.no_grad():
-            with _finite_distribution():
+            with finite_distribution():
                 next_actions, next_log_probs = self.actor.action_log_prob(batch.next_observations)
             next_values = self.critic_target.random_subset(batch.next_observations, next_actions, self.n_target_critics)
             next_values = next_values.amin(1, keepdim=True)  # (B, 1)
@@ -370,7 +343,7 @@ class RLPD(OfflineDataAlgorithm, SAC):
     def _update_actor(self, batch: ReplayBufferSamples) -> Metrics:
         """The actor towards the ensemble's mean, not its minimum; then the temperature."""
         weight = self._entropy_weight
-        with _finite_distribution():
+        with finite_distribution():
             actions, log_probs = self.actor.action_log_prob(batch.observations)
         q_values = th.cat(self.critic(batch.observations, actions), dim=1).mean(1)
         loss = (weight * log_probs - q_values).mean()

@@ -224,25 +224,17 @@ class TDMPC2(OfflineToOnlineAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         """
-        Update the world model, the critics, the prior and the targets.
+        Update every network on offline and online sequences.
 
         :param gradient_steps: number of updates; the first time, as many as there were seed steps
         :param batch_size: sequences in a batch
         """
-        self.policy.set_training_mode(True)
-        self._update_learning_rate(self._optimizers)
         if self._n_updates == self._n_pretrain_updates == 0:
             gradient_steps = max(gradient_steps, self.learning_starts)
-        metrics: Metrics = {}
-        for _ in range(gradient_steps):
-            with self._skipping("train"):
-                metrics = self._update(self._sample_batch(batch_size), "online")
-            self._n_updates += 1
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, value in metrics.items():
-            self.logger.record(f"train/{name}", value.item())
+        super().train(gradient_steps, batch_size)
 
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
+        """World model, critics, prior and targets."""
         if phase == "clone":
             raise ValueError("TD-MPC2 has no policy to clone: call pretrain() without clone_only.")
         flat_obs = map_obs(lambda obs: obs.flatten(0, 1), batch.observations)
