@@ -91,6 +91,11 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
         """Whether the policy has learned from data: it acts from the first step, and its normaliser stays."""
         return self._n_pretrain_updates > 0 or self._actor_is_given
 
+    @property
+    def _begins_offline(self) -> bool:
+        """Whether ``learn()`` begins with the offline phase."""
+        return self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0
+
     @abstractmethod
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
         """
@@ -221,8 +226,7 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
     def collect_rollouts(self, env: VecEnv, callback: BaseCallback, *args: Any, **kwargs: Any) -> RolloutReturn:
         """The offline phase, if it is still due: here the logger and the callbacks of ``learn()`` are ready."""
         interrupted = self._unfinished_pretrain()
-        never_begun = self.offline_dataset is not None and self._n_pretrain_updates == 0 and self.pretrain_steps > 0
-        if interrupted is not None or never_begun:
+        if interrupted is not None or self._begins_offline:
             total = self.pretrain_steps if interrupted is None else interrupted.total
             self.pretrain(total, _checkpoints_of(callback), progress_bar=_shows_progress(callback))
             self.start_time = time.time_ns()  # it does not count in the environment steps per second

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import gymnasium as gym
 import yaml
 
-from modip_sb3.baselines import RLPD, TDMPC2, DiffusionBC
+from modip_sb3.baselines import DPPO, DQL, DSRL, IDQL, PARL, RLPD, TDMPC2, DiffusionBC
 from modip_sb3.checkpoint import STATE_FILE
 from modip_sb3.modip import MODIP
 from modip_sb3.resume import ResumableAlgorithm, find_checkpoint
@@ -144,7 +144,9 @@ def sample_tdmpc2_params(
 
 def register() -> None:
     """Add our algorithms to rl_zoo3's registries."""
-    _import("rl_zoo3").ALGOS.update(modip=MODIP, tdmpc2=TDMPC2, rlpd=RLPD, diffusion_bc=DiffusionBC)
+    algorithms = _import("rl_zoo3").ALGOS
+    algorithms.update(modip=MODIP, tdmpc2=TDMPC2, rlpd=RLPD, diffusion_bc=DiffusionBC)
+    algorithms.update(dql=DQL, idql=IDQL, pa_rl=PARL, dsrl=DSRL, dppo=DPPO)
     hyperparams_opt = _import("rl_zoo3.hyperparams_opt")
     hyperparams_opt.HYPERPARAMS_SAMPLER.update(modip=sample_modip_params, tdmpc2=sample_tdmpc2_params)
     hyperparams_opt.HYPERPARAMS_CONVERTER.update(modip=convert_modip_params, tdmpc2=convert_tdmpc2_params)

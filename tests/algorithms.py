@@ -27,7 +27,9 @@ class Algorithm(NamedTuple):
 
 
 ALGORITHMS = {
-    "MODIP": Algorithm(MODIP, REPLAY | OFFLINE | {"policy_kwargs": SMALL_POLICY, "planner_kwargs": SMALL_PLANNER}),
+    "MODIP": Algorithm(
+        MODIP, REPLAY | OFFLINE | {"train_freq": 1, "policy_kwargs": SMALL_POLICY, "planner_kwargs": SMALL_PLANNER}
+    ),
     "TDMPC2": Algorithm(
         TDMPC2,
         REPLAY

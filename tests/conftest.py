@@ -38,7 +38,14 @@ def make_model() -> Callable[..., MODIP]:
     """``MODIP`` with tiny networks; arguments and single entries of the nested ones can be given."""
 
     def make(env: Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> MODIP:
-        settings = {"batch_size": 8, "learning_starts": 10, "pretrain_steps": 5, "buffer_size": 1000, "seed": 0}
+        settings = {
+            "batch_size": 8,
+            "train_freq": 1,
+            "learning_starts": 10,
+            "pretrain_steps": 5,
+            "buffer_size": 1000,
+            "seed": 0,
+        }
         kwargs["policy_kwargs"] = SMALL_POLICY | kwargs.get("policy_kwargs", {})
         kwargs["planner_kwargs"] = SMALL_PLANNER | kwargs.get("planner_kwargs", {})
         return MODIP(policy, env, **(settings | kwargs))

@@ -126,7 +126,7 @@ def test_every_entry_of_other_algorithms_makes_a_model(algo: str) -> None:
             made.append(rest)
 
 
-@pytest.mark.parametrize("algo", ["diffusion_bc", "rlpd", "tdmpc2"])
+@pytest.mark.parametrize("algo", ["diffusion_bc", "dppo", "dql", "dsrl", "idql", "pa_rl", "rlpd", "tdmpc2"])
 def test_baselines_have_the_data_of_modip(algo: str) -> None:
     for env_id, settings in CONFIG.items():
         found = CONFIGS[algo].get(env_id, CONFIGS[algo]["default"])

@@ -246,6 +246,11 @@ class DPPO(DiffusionAlgorithm):
     def _excluded_save_params(self) -> list[str]:
         return [*super()._excluded_save_params(), "_rollout", "_decision"]
 
+    @property
+    def _begins_offline(self) -> bool:
+        """Cloning is all that it is for."""
+        return super()._begins_offline and not self._actor_is_given
+
     def _update(self, batch: SequenceBatch, phase: Phase) -> Metrics:
         return self._clone_batch(batch)
 

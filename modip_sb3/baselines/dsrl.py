@@ -223,7 +223,9 @@ class DSRL(ChunkCriticAlgorithm):
         return policy.critic_target(features, policy.executed(chunks)).amin(0) - self.log_ent_coef.exp() * log_prob
 
     def _update_policy(self, batch: SequenceBatch, transitions: ChunkTransitions, phase: Phase) -> Metrics:
-        metrics = {"clone_loss": self._clone_batch(batch)["actor_loss"]} if phase == "offline" else {}
+        metrics = {}
+        if phase == "offline" and not self._actor_is_given:
+            metrics["clone_loss"] = self._clone_batch(batch)["actor_loss"]
         for _ in range(self.noise_critic_steps):
             metrics |= self._update_noise_critic(transitions)
         return metrics | self._update_noise_actor(transitions.features)

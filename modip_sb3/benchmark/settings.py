@@ -32,7 +32,7 @@ SUITES = {
 }
 
 # A diffusion policy is evaluated by sampling, as its papers do; all others by their deterministic action
-SAMPLED = ("modip", "diffusion_bc")
+SAMPLED = ("modip", "diffusion_bc", "dql", "idql", "pa_rl", "dsrl", "dppo")
 
 # Arguments of every algorithm that decide nothing, or are settings of the run itself
 NO_SETTINGS = {"self", "env", "seed", "device", "tensorboard_log", "verbose", "_init_setup_model"}

@@ -44,10 +44,12 @@ class Row:
 
 
 def make_modip(clock: Clock, denoiser: str = "unet", policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    """MODIP with its defaults on the shipped data, after one offline update and the first samples, which are slower."""
+    """MODIP with batches of 256 on the shipped data, after one offline update and the first samples, which are slower."""
     model = MODIP(
         "MlpPolicy",
         ENV,
+        batch_size=256,
+        train_freq=1,
         offline_dataset=default_dataset(ENV),
         policy_kwargs={"denoiser": denoiser, **(policy_kwargs or {})},
         seed=0,
