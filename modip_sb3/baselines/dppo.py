@@ -244,7 +244,7 @@ class DPPO(DiffusionAlgorithm):
         self.value_optimizer = self._make_optimizer([{"params": parameters, "lr_scale": 10.0}])
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "_rollout", "_decision"]
+        return [*super()._excluded_save_params(), "_rollout", "_decision", "_last_dones"]
 
     @property
     def _begins_offline(self) -> bool:
