@@ -138,10 +138,24 @@ class ChunkCriticAlgorithm(DiffusionAlgorithm):
     An algorithm with critics of chunks, by temporal differences from chunk to chunk, on offline and online data.
 
     A subclass says what follows (:meth:`_next_values`) and how the policy improves (:meth:`_update_policy`).
+
+    :param args: arguments of :class:`DiffusionAlgorithm`
+    :param kwargs: keyword arguments of :class:`DiffusionAlgorithm`
     """
 
     policy: ChunkCriticPolicy
     optimizer_names: tuple[str, ...] = ("critic_optimizer", "actor_optimizer")
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(
+            *args,
+            sde_support=False,
+            supported_action_spaces=(spaces.Box,),
+            support_multi_env=True,
+            rollout_with="policy",
+            inference="policy",
+            **kwargs,
+        )
 
     def _setup_model(self) -> None:
         super()._setup_model()

@@ -3,7 +3,6 @@
 from typing import Any, ClassVar
 
 import torch as th
-from gymnasium import spaces
 from stable_baselines3.common.noise import ActionNoise
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
@@ -113,14 +112,9 @@ class IDQL(ImplicitCriticAlgorithm):
             verbose=verbose,
             device=device,
             seed=seed,
-            sde_support=False,
-            supported_action_spaces=(spaces.Box,),
-            support_multi_env=True,
             offline_dataset=offline_dataset,
             pretrain_steps=pretrain_steps,
             offline_fraction=offline_fraction,
-            rollout_with="policy",
-            inference="policy",
             actor_tau=actor_tau,
             actor_decay_start=actor_decay_start,
             max_grad_norm=max_grad_norm,

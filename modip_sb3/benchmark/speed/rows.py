@@ -44,7 +44,7 @@ class Row:
 
 
 def make_modip(clock: Clock, denoiser: str = "unet", policy_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> Any:
-    """MODIP with batches of 256 on the shipped data, after one offline update and the first samples, which are slower."""
+    """MODIP with batches of 256 on the shipped data, after the first update and the first samples, which are slower."""
     model = MODIP(
         "MlpPolicy",
         ENV,
