@@ -73,7 +73,7 @@ def test_the_policys_rate_falls_with_its_updates(cloned: DiffusionBC, schedule: 
 
 
 def test_it_acts_from_the_first_step(cloned: DiffusionBC) -> None:
-    model = start(cloned, rollout_with="policy", learning_starts=1_000)
+    model = start(cloned, rollout_with="policy", learning_starts=1_000, train_freq=1)
     model.learn(1)
     assert model._chunk_state is not None and model._chunk_state[1].item() == 1  # one action of a chunk is executed
 
