@@ -24,7 +24,7 @@ demo: $(VENV)/.installed
 	$(VENV_PYTHON) examples/finetune_hopper.py $(ARGS)
 
 test: lint
-	$(VENV_PYTHON) -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(VENV_PYTHON) -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(VENV_PYTHON) -m ruff check .
