@@ -248,6 +248,9 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
             with self._skipping("train"):
                 metrics = self._update(self._sample_batch(batch_size), "online")
             self._n_updates += 1
+        self._log_updates(metrics)
+
+    def _log_updates(self, metrics: Metrics) -> None:
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         for name, value in metrics.items():
             self.logger.record(f"train/{name}", value.item())

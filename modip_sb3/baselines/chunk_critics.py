@@ -193,13 +193,20 @@ class ChunkCriticAlgorithm(DiffusionAlgorithm):
         """Q towards the discounted rewards of the chunk and the value of what follows."""
         with th.no_grad():
             targets = transitions.rewards + transitions.discounts * self._next_values(transitions.next_features)
-        return self._regress(self.policy.critic, self.critic_optimizer, transitions, targets)
+        actions = self.policy.executed(transitions.chunks)
+        return self._regress(self.policy.critic, self.critic_optimizer, transitions.features, actions, targets)
 
     def _regress(
-        self, critic: ValueEnsemble, optimizer: th.optim.Optimizer, transitions: ChunkTransitions, targets: th.Tensor
+        self,
+        critic: ValueEnsemble,
+        optimizer: th.optim.Optimizer,
+        features: th.Tensor,
+        actions: th.Tensor,
+        targets: th.Tensor,
     ) -> Metrics:
-        features, actions = transitions.features[:, None], self.policy.executed(transitions.chunks)[:, None]
-        loss, metrics = compute_q_loss(critic, features, actions, targets[:, None], th.ones_like(targets[:, None]))
+        """One step of Q(s, a) towards its targets: ``(B, F)``, ``(B, A)``, ``(B,)``."""
+        features, actions, targets = features[:, None], actions[:, None], targets[:, None]
+        loss, metrics = compute_q_loss(critic, features, actions, targets, th.ones_like(targets))
         self._optimize(optimizer, loss)
         return metrics
 

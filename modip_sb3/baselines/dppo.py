@@ -341,9 +341,7 @@ class DPPO(DiffusionAlgorithm):
                 break
         policy.actor_ema.load_state_dict(policy.actor.state_dict())  # what acts, and whose likelihoods are the old ones
         self._n_updates += gradient_steps
-        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        for name, value in metrics.items():
-            self.logger.record(f"train/{name}", value.item())
+        self._log_updates(metrics)
 
     def _update_from_rollout(self, batch: RolloutBufferSamples) -> Metrics:
         features: Any = batch.observations

@@ -12,6 +12,7 @@ from modip_sb3.baselines.chunk_critics import CandidatePolicy, ChunkCriticAlgori
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer
 from modip_sb3.checks import check_at_least, check_keywords
 from modip_sb3.datasets import DatasetSources
+from modip_sb3.networks import frozen
 
 
 class DQL(ChunkCriticAlgorithm):
@@ -136,11 +137,8 @@ class DQL(ChunkCriticAlgorithm):
         policy, features = self.policy, transitions.features
         loss, metrics = policy.actor.compute_loss(transitions.chunks, features, transitions.mask)
         chunks = policy.actor.generate(features)
-        policy.critic.requires_grad_(False)  # only the chunks' gradient is needed
-        try:
+        with frozen(policy.critic):
             q_values = policy.critic(features, policy.executed(chunks))  # (E, B)
-        finally:  # or the critics would never learn again after a Ctrl-C
-            policy.critic.requires_grad_(True)
         # As the authors do: a random member is climbed, in units of another's magnitude
         climbed, *others = th.randperm(policy.n_critics).tolist()
         scale = q_values[others[0] if others else climbed].detach().abs().mean()

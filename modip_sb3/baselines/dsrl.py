@@ -16,9 +16,9 @@ from modip_sb3.base import Metrics, Phase
 from modip_sb3.baselines.chunk_critics import ChunkCriticAlgorithm, ChunkCriticPolicy, ChunkTransitions
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer
 from modip_sb3.checks import check_at_least, check_count, check_ent_coef, check_number, check_widths
-from modip_sb3.critics import compute_q_loss
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.faults import finite_distribution
+from modip_sb3.networks import frozen
 
 
 class DSRLPolicy(ChunkCriticPolicy):
@@ -232,20 +232,15 @@ class DSRL(ChunkCriticAlgorithm):
             noise = th.randn(len(features), policy.noise_dim, device=self.device) / policy.noise_magnitude
             noise = noise.clamp(-1, 1)  # what the actor can choose
             targets = policy.critic(features, policy.executed(policy.denoise(features, noise))).amin(0)
-        weights = th.ones_like(targets)[:, None]
-        loss, _ = compute_q_loss(policy.noise_critic, features[:, None], noise[:, None], targets[:, None], weights)
-        self._optimize(self.noise_critic_optimizer, loss)
-        return {"noise_q_loss": loss.detach()}
+        metrics = self._regress(policy.noise_critic, self.noise_critic_optimizer, features, noise, targets)
+        return {"noise_q_loss": metrics["q_loss"]}
 
     def _update_noise_actor(self, features: th.Tensor) -> Metrics:
         """SAC's actor and temperature on Q(s, noise)."""
         policy = self.policy
         noise, log_prob = policy.noise_actor.action_log_prob(features)
-        policy.noise_critic.requires_grad_(False)  # only the noise's gradient is needed
-        try:
+        with frozen(policy.noise_critic):
             q_values = policy.noise_critic(features, noise).amin(0)
-        finally:  # or the critics would never learn again after a Ctrl-C
-            policy.noise_critic.requires_grad_(True)
         ent_coef = self.log_ent_coef.detach().exp()
         loss = (ent_coef * log_prob - q_values).mean()
         self._optimize(self.noise_actor_optimizer, loss)
