@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch as th
@@ -172,13 +173,18 @@ class DiffusionModel(nn.Module):
         """The same operations on the same parameters, recorded once: without Python between them."""
         single = len(noise) == 1  # for which the denoiser may do other operations
         if single not in self._traces:
-            method, example = "_sample_in_closed_form", (condition, noise)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # TorchScript is deprecated; torch.compile needs a compiler and minutes
-                traced = th.jit.trace_module(self, {method: example}, check_trace=False)
-            self._traces[single] = getattr(traced, method)
+            with ThreadPoolExecutor(1) as thread:  # a Ctrl-C in the middle would break every later trace of this thread
+                self._traces[single] = thread.submit(self._trace, condition, noise).result()
         with optimized_execution(False):  # else the last bits of the numbers differ
             return self._traces[single](condition, noise)
+
+    @th.no_grad()
+    def _trace(self, condition: th.Tensor, noise: th.Tensor) -> Callable[[th.Tensor, th.Tensor], th.Tensor]:
+        method = "_sample_in_closed_form"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # TorchScript is deprecated; torch.compile needs a compiler and minutes
+            traced = th.jit.trace_module(self, {method: (condition, noise)}, check_trace=False)
+        return getattr(traced, method)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_traces": {}}  # they can be neither copied nor pickled

@@ -2,6 +2,7 @@
 
 import functools
 import pickle
+import signal
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -224,6 +225,35 @@ def test_the_trace_that_takes_over_gives_the_same_numbers(kind: Kind, monkeypatc
     assert not model.sample(*batches[0]).equal(expected[0])
     for copy in (deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert copy.sample(*batches[0]).equal(model.sample(*batches[0]))
+
+
+class CtrlC:
+    """A size, the reading of which is interrupted."""
+
+    def __index__(self) -> int:
+        signal.raise_signal(signal.SIGINT)
+        return 1
+
+
+def test_the_trace_can_be_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("mlp")
+    batch = th.randn(2, 4), th.randn(2, 3, 2)
+    expected = model.sample(*batch)
+    monkeypatch.setattr(diffusion, "TRACE_AFTER", 0)
+    embed = model.denoiser.embed
+
+    def interrupted(timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
+        timesteps.view(*timesteps.shape, CtrlC())  # type: ignore[call-overload]
+        return embed(timesteps, condition)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(model.denoiser, "embed", interrupted)
+            model.sample(*batch)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert model.sample(*batch).equal(expected)
 
 
 @pytest.mark.parametrize("name", ["DDPMScheduler", "EulerDiscreteScheduler", "DDIMParallelScheduler"])
