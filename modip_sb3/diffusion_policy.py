@@ -35,7 +35,7 @@ class DiffusionPolicy(ActingPolicy):
     :param denoiser: "unet" (diffusers' ``UNet1DModel``) or "mlp" (a residual MLP, several times cheaper on a CPU)
     :param proposal: "diffusion", or "gaussian" for the ablation with a Gaussian MLP in the diffusion policy's place
     :param action_horizon: actions in a chunk
-    :param n_action_steps: how many of them the policy executes before it predicts the next chunk
+    :param n_action_steps: how many of them the policy executes before it predicts the next chunk; None for all
     :param train_scheduler: class name of the diffusers scheduler for training
     :param sample_scheduler: class name of the diffusers scheduler for sampling
     :param scheduler_kwargs: arguments of both schedulers
@@ -63,7 +63,7 @@ class DiffusionPolicy(ActingPolicy):
         denoiser: Literal["unet", "mlp"] = "unet",
         proposal: Literal["diffusion", "gaussian"] = "diffusion",
         action_horizon: int = 4,
-        n_action_steps: int = 4,
+        n_action_steps: int | None = None,
         train_scheduler: str = "DDPMScheduler",
         sample_scheduler: str = "DDIMScheduler",
         scheduler_kwargs: dict[str, Any] | None = None,
@@ -85,8 +85,9 @@ class DiffusionPolicy(ActingPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         check_count(1, action_horizon=action_horizon, num_inference_steps=num_inference_steps)
-        check_count(0, n_action_steps=n_action_steps)
         check_at_least(0, sampling_temperature=sampling_temperature)
+        n_action_steps = action_horizon if n_action_steps is None else n_action_steps
+        check_count(0, n_action_steps=n_action_steps)
         if not 1 <= n_action_steps <= action_horizon:
             raise ValueError(
                 f"n_action_steps={n_action_steps} must lie between 1 and action_horizon={action_horizon}: a chunk is "

@@ -69,8 +69,8 @@ class MODIP(DiffusionAlgorithm):
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"; "auto" for whichever has the
         better episodes, see :class:`~modip_sb3.trial.Trial`, where good demonstrations mislead the planner
-    :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; by
-        default as many as the policy executes a chunk for, which clones what was executed
+    :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; None
+        for the whole plan
     :param inference: what ``predict()`` uses, "policy" or "planner"; also with the latter the policy acts alone once
         ``rollout_with="auto"`` has found it to be better
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the best of the policy's proposals
@@ -220,7 +220,7 @@ class MODIP(DiffusionAlgorithm):
         self.policy.planner_kwargs = {"gamma": self.gamma, **self.planner_defaults, **self.planner_kwargs}
         self.policy.check_planner()
         if self.n_plan_steps is None:
-            self.n_plan_steps = min(self.policy.n_action_steps, self.policy.horizon)
+            self.n_plan_steps = self.policy.horizon
         check_count(1, n_plan_steps=self.n_plan_steps)
         if self.n_plan_steps > self.policy.horizon:
             raise ValueError(

@@ -30,7 +30,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     :param denoiser: "unet" (diffusers' ``UNet1DModel``) or "mlp" (a residual MLP, several times cheaper on a CPU)
     :param proposal: "diffusion", or "gaussian" for the ablation with a Gaussian MLP in the diffusion policy's place
     :param action_horizon: actions in a chunk
-    :param n_action_steps: how many of them the policy executes before it predicts the next chunk
+    :param n_action_steps: how many of them the policy alone executes before it predicts the next chunk; None for all
     :param horizon: environment steps that the planner looks ahead, at most ``action_horizon``
     :param num_proposals: chunks that the actor proposes for each plan
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`
@@ -64,7 +64,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         denoiser: Literal["unet", "mlp"] = "unet",
         proposal: Literal["diffusion", "gaussian"] = "diffusion",
         action_horizon: int = 4,
-        n_action_steps: int = 4,
+        n_action_steps: int | None = 1,
         horizon: int = 4,
         num_proposals: int = 16,
         planner_kwargs: dict[str, Any] | None = None,
@@ -74,7 +74,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         sample_scheduler: str = "DDIMScheduler",
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
-        sampling_temperature: float = 0.7,
+        sampling_temperature: float = 0.3,
         latent_dim: int = 128,
         n_critics: int = 2,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,

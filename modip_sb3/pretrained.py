@@ -17,7 +17,7 @@ from modip_sb3.diffusion_policy import DEFAULT_NET_ARCH, DiffusionPolicy
 # What the actor's networks are, and were trained for; how they act may be chosen anew
 _FIXED = ["denoiser", "proposal", "action_horizon", "train_scheduler", "scheduler_kwargs"]
 _FIXED += ["features_extractor_class", "features_extractor_kwargs"]
-_CHOSEN = ["n_action_steps", "sample_scheduler", "num_inference_steps"]
+_CHOSEN = ["sample_scheduler", "num_inference_steps"]
 _PARTS = ("features_extractor", "normalizer", "actor", "actor_ema")
 
 
@@ -79,7 +79,8 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
 
         :param model: an algorithm of this package with a diffusion policy, trained or loaded
         :param env: the environment, or its Gymnasium id; that of the other algorithm by default
-        :param kwargs: arguments of the constructor; what the denoiser is cannot be changed by ``policy_kwargs``
+        :param kwargs: arguments of the constructor; what the denoiser is cannot be changed by ``policy_kwargs``,
+            while ``n_action_steps`` and ``sampling_temperature`` are those of the new algorithm, not of the other one
         :return: the algorithm
         :raises ValueError: if the other algorithm has no diffusion policy, or one for other spaces or of other networks
         """
