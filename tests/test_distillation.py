@@ -1,5 +1,6 @@
 """What the policy clones: whose chunks, in which shares, how they were executed, and how it samples what it learned."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch as th
 from walk import MakeModel, Recorder, Walk, observations, parameters, record_walk, vec_walk
 
 from modip_sb3 import MODIP
-from modip_sb3.baselines import DiffusionBC
+from modip_sb3.baselines import DSRL, DiffusionBC
 from modip_sb3.buffers import SequenceReplayBuffer
 from modip_sb3.mixing import PRIOR_STEPS, advantage_weights, offline_share
 from modip_sb3.planner import Plan
@@ -207,7 +208,7 @@ def test_promises_are_kept_track_of(make_model: MakeModel) -> None:
     assert {"rollout/plan_predicted", "rollout/plan_realized", "rollout/plan_gain"} <= recorder.keys
 
 
-@pytest.mark.parametrize(("policy_kwargs", "expected"), [({}, 4), ({"n_action_steps": 2}, 2), ({"horizon": 3}, 3)])
+@pytest.mark.parametrize(("policy_kwargs", "expected"), [({}, 4), ({"n_action_steps": 2}, 4), ({"horizon": 3}, 3)])
 def test_default_steps_of_a_plan(make_model: MakeModel, policy_kwargs: dict[str, Any], expected: int) -> None:
     assert make_model(Walk(), policy_kwargs=policy_kwargs).n_plan_steps == expected
 
@@ -238,6 +239,11 @@ def test_temperature_scales_the_spread_of_the_policy_alone(make_model: MakeModel
     assert proposed[0].equal(proposed[2]) and proposed[1].equal(proposed[2])
 
 
-def test_a_clone_acts_as_the_data_do_and_modip_colder() -> None:
-    assert DiffusionBC("MlpPolicy", Walk(), offline_dataset=record_walk()).policy.sampling_temperature == 1
-    assert MODIP("MlpPolicy", Walk()).policy.sampling_temperature == 0.7
+def test_a_clone_acts_as_the_data_do_and_modip_colder_and_anew_at_each_step(tmp_path: Path) -> None:
+    clone = DiffusionBC("MlpPolicy", Walk(), offline_dataset=record_walk(), policy_kwargs={"action_horizon": 6})
+    assert (clone.policy.n_action_steps, clone.policy.sampling_temperature) == (6, 1)
+    model = MODIP.from_pretrained(clone)
+    assert (model.policy.n_action_steps, model.policy.sampling_temperature) == (1, 0.3)
+    assert DSRL.from_pretrained(model, offline_dataset=record_walk()).policy.n_action_steps == 6
+    clone.save(tmp_path / "clone")
+    assert DiffusionBC.load(tmp_path / "clone").policy.n_action_steps == 6
