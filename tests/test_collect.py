@@ -132,7 +132,11 @@ def recurrent_ppo(env: VecEnv) -> BaseAlgorithm:
 
 @pytest.mark.parametrize("algorithm", ["RecurrentPPO", "MODIP"])
 def test_state_lasts_as_long_as_the_episode(algorithm: str, make_model: MakeModel) -> None:
-    model = recurrent_ppo(vec_walk()) if algorithm == "RecurrentPPO" else make_model(vec_walk())
+    model = (
+        recurrent_ppo(vec_walk())
+        if algorithm == "RecurrentPPO"
+        else make_model(vec_walk(), policy_kwargs={"n_action_steps": 4})
+    )
     dataset = collect(model, vec_walk(n_envs=2), num_episodes=8, deterministic=True, seed=0)
     assert dataset.episode_lengths.max() > 4
     np.testing.assert_allclose(dataset.actions, act_by_hand(model, dataset), atol=1e-5)
