@@ -14,7 +14,7 @@ from modip_sb3.buffers import SequenceBatch, map_obs
 from modip_sb3.checks import check_at_least, check_count, check_fraction
 from modip_sb3.diffusion_policy import DEFAULT_NET_ARCH, DiffusionPolicy
 
-# What the actor's networks are, and were trained for; how they act may be chosen anew
+# What the actor's networks are, and were trained for; how they are sampled may be chosen anew
 _FIXED = ["denoiser", "proposal", "action_horizon", "train_scheduler", "scheduler_kwargs"]
 _FIXED += ["features_extractor_class", "features_extractor_kwargs"]
 _CHOSEN = ["sample_scheduler", "num_inference_steps"]
