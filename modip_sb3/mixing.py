@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch as th
 
-PRIOR_STEPS = 20_000  # of experience that count as worse than the data: cloning much of a few episodes unlearns it
+PRIOR_STEPS = 1000  # of experience that count as worse than the data: a few short episodes say little
 Episodes = tuple[np.ndarray, np.ndarray]
 
 

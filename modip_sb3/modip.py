@@ -80,6 +80,8 @@ class MODIP(DiffusionAlgorithm):
     :param expectile: τ of the state value; towards 1 it takes the best action in the data for granted
     :param rho: weight of each further step of the model's rollout in its losses
     :param distill_steps: updates of the policy in each update, on batches of their own
+    :param distill_batch_size: chunks in those batches, of which the weights let a part count; with 64 the policy alone
+        fell at first on HalfCheetah
     :param distill_offline_fraction: share of offline chunks in those batches; "auto" lowers it as the episodes of
         ``learn()`` become better than those of the data, see :func:`~modip_sb3.mixing.offline_share`
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
@@ -137,6 +139,7 @@ class MODIP(DiffusionAlgorithm):
         expectile: float = 0.7,
         rho: float = 0.5,
         distill_steps: int = 1,
+        distill_batch_size: int = 256,
         distill_offline_fraction: float | Literal["auto"] = "auto",
         distill_from: Literal["executed", "relabel", "both"] = "executed",
         distill_weighting: Literal["advantage", "uniform"] = "advantage",
@@ -188,7 +191,7 @@ class MODIP(DiffusionAlgorithm):
             max_grad_norm=max_grad_norm,
         )
         check_count(0, distill_steps=distill_steps)
-        check_count(1, relabel_freq=relabel_freq)
+        check_count(1, distill_batch_size=distill_batch_size, relabel_freq=relabel_freq)
         check_at_least(0, distill_beta=distill_beta)
         check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho)
         if distill_offline_fraction != "auto":
@@ -205,6 +208,7 @@ class MODIP(DiffusionAlgorithm):
         self.expectile = expectile
         self.rho = rho
         self.distill_steps = distill_steps
+        self.distill_batch_size = distill_batch_size
         self.distill_offline_fraction = distill_offline_fraction
         self.distill_from = distill_from
         self.distill_weighting = distill_weighting
@@ -253,9 +257,9 @@ class MODIP(DiffusionAlgorithm):
         metrics = {} if phase == "clone" else self._update_model_and_critics(batch, features)
         if phase == "online":
             if self.distill_from != "executed":
-                self._relabel_if_due(len(batch.mask))
+                self._relabel_if_due()
             for _ in range(self.distill_steps):
-                metrics.update(self._distill(len(batch.mask)))
+                metrics.update(self._distill())
         else:
             horizon = self.policy.action_horizon
             condition = self.policy.actor_condition(features[:, 0])
@@ -322,13 +326,13 @@ class MODIP(DiffusionAlgorithm):
         self._optimize(self.value_optimizer, loss)
         return metrics
 
-    def _distill(self, batch_size: int) -> Metrics:
+    def _distill(self) -> Metrics:
         """Clone what was executed, the planner's labels, or both."""
         sources = []
         if self.distill_from != "relabel":
-            sources.append(self._executed_chunks(batch_size))
+            sources.append(self._executed_chunks(self.distill_batch_size))
         if self.distill_from != "executed":
-            sources.append(self._labelled_chunks(batch_size))
+            sources.append(self._labelled_chunks(self.distill_batch_size))
         return self._clone(*map(th.cat, zip(*sources, strict=True)))
 
     def _sample_distilled(self, batch_size: int, length: int) -> SequenceBatch:
@@ -358,11 +362,11 @@ class MODIP(DiffusionAlgorithm):
         obs, actions = self._label_buffer.sample(batch_size, self.device)
         return Chunks(actions, self.policy.actor_condition(self.policy.features(obs)), th.ones_like(actions[..., 0]))
 
-    def _relabel_if_due(self, num_states: int) -> None:
+    def _relabel_if_due(self) -> None:
         """Plan at states of the policy's batches and keep the chunks for it to clone."""
         if self._n_updates % self.relabel_freq != 0 and len(self._label_buffer) > 0:
             return
-        obs = map_obs(lambda array: array[:, 0], self._sample_distilled(num_states, 1).observations)
+        obs = map_obs(lambda array: array[:, 0], self._sample_distilled(self.batch_size, 1).observations)
         self.policy.set_training_mode(False)
         try:
             plan = self.policy.plan(obs, deterministic=True)

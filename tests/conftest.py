@@ -40,6 +40,7 @@ def make_model() -> Callable[..., MODIP]:
     def make(env: Any = "Pendulum-v1", policy: str = "MlpPolicy", **kwargs: Any) -> MODIP:
         settings = {
             "batch_size": 8,
+            "distill_batch_size": 8,
             "train_freq": 1,
             "learning_starts": 10,
             "pretrain_steps": 5,

@@ -225,6 +225,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "rho": fraction(),
         "n_plan_steps": optional(count(1, 1)),
         "distill_steps": count(0, 2),
+        "distill_batch_size": count(1, 8),
         "distill_offline_fraction": Setting(
             fraction().good | st.just("auto"), fraction().bad.filter(lambda value: not isinstance(value, str))
         ),

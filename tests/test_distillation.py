@@ -158,6 +158,22 @@ def test_updates_of_the_policy(make_model: MakeModel, distill_steps: int) -> Non
     assert any(name.startswith("critic") for name in changed)
 
 
+@pytest.mark.parametrize(("distill_from", "batches"), [("executed", 1), ("relabel", 1), ("both", 2)])
+def test_what_is_cloned_has_a_batch_size_of_its_own(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, distill_from: str, batches: int
+) -> None:
+    model = make_model(Walk(), distill_from=distill_from, distill_batch_size=24)
+    sizes, clone = [], model._clone
+
+    def record(actions: th.Tensor, *args: Any) -> Any:
+        sizes.append(len(actions))
+        return clone(actions, *args)
+
+    monkeypatch.setattr(model, "_clone", record)
+    model.learn(20)
+    assert sizes and set(sizes) == {24 * batches}
+
+
 def steps_of(model: MODIP) -> int:
     return int(next(iter(model.actor_optimizer.state.values()))["step"])
 
@@ -165,6 +181,7 @@ def steps_of(model: MODIP) -> int:
 def test_wrong_settings_of_the_distillation(make_model: MakeModel) -> None:
     for wrong, message in [
         ({"distill_steps": -1}, "distill_steps=-1"),
+        ({"distill_batch_size": 0}, "distill_batch_size=0"),
         ({"distill_offline_fraction": 1.5}, "distill_offline_fraction=1.5"),
         ({"distill_offline_fraction": "half"}, "distill_offline_fraction='half'"),
         ({"n_plan_steps": 0}, "n_plan_steps=0"),
