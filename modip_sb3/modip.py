@@ -207,8 +207,7 @@ class MODIP(DiffusionAlgorithm):
         self.td_lambda = td_lambda
         self.expectile = expectile
         self.rho = rho
-        self.distill_steps = distill_steps
-        self.distill_batch_size = distill_batch_size
+        self.distill_steps, self.distill_batch_size = distill_steps, distill_batch_size
         self.distill_offline_fraction = distill_offline_fraction
         self.distill_from = distill_from
         self.distill_weighting = distill_weighting
