@@ -134,7 +134,7 @@ def press_ctrl_c(delay: float, interrupted: threading.Event) -> None:
     """Again after a while: CPython itself loses one now and then (the bare ``except`` of ``copyreg._slotnames``)."""
     while not interrupted.wait(delay):
         os.kill(os.getpid(), signal.SIGINT)
-        delay = 3.0
+        delay = 15.0  # a slow machine takes seconds to come back from one
 
 
 def interrupt_again_and_again(algo: str, folder: Path) -> None:
