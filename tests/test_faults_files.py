@@ -134,7 +134,7 @@ def press_ctrl_c(delay: float, interrupted: threading.Event) -> None:
     """Again after a while: CPython itself loses one now and then (the bare ``except`` of ``copyreg._slotnames``)."""
     while not interrupted.wait(delay):
         os.kill(os.getpid(), signal.SIGINT)
-        delay = 15.0  # a slow machine takes seconds to come back from one
+        delay = 15.0
 
 
 def interrupt_again_and_again(algo: str, folder: Path) -> None:
@@ -144,8 +144,9 @@ def interrupt_again_and_again(algo: str, folder: Path) -> None:
     model.learn(10, callback=callback)
     for _ in range(10):
         interrupted = threading.Event()
-        threading.Thread(target=press_ctrl_c, args=(0.01 + rng.random() * 0.1, interrupted), daemon=True).start()
+        thread = threading.Thread(target=press_ctrl_c, args=(0.01 + rng.random() * 0.1, interrupted), daemon=True)
         try:
+            thread.start()
             if algo != "RLPD" and rng.random() < 0.3:
                 model.pretrain(100_000, callback=callback)
             else:
