@@ -171,9 +171,9 @@ class FaultTolerantAlgorithm(OffPolicyAlgorithm):
 
         :raises FloatingPointError: instead of the step, if the loss or its gradient is not finite
         """
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
         optimizer.zero_grad()
-        loss.backward()
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        loss.backward(inputs=parameters)  # through other networks, if the loss has some, but not to their parameters
         norm = th.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
         if not math.isfinite((norm + loss.detach()).item()):
             names = self._get_torch_save_params()[0]

@@ -1,7 +1,6 @@
 """Building blocks shared by the world model and the critics (the TD-MPC2 family, arXiv:2310.16828)."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
@@ -85,20 +84,6 @@ def zero_init(layer: nn.Module) -> None:
     """
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """
-    Within, gradients pass through a module and not to its parameters; after a Ctrl-C, too, they learn again.
-
-    :param module: whose inputs' gradient alone is needed
-    """
-    module.requires_grad_(False)
-    try:
-        yield
-    finally:
-        module.requires_grad_(True)
 
 
 class EnsembleLinear(nn.Module):

@@ -214,7 +214,8 @@ class ResumableAlgorithm(OffPolicyAlgorithm):
                 self._calls.pop("learn", None)
         self._calls[name] = replace(call, ended=before_learn)
         try:
-            yield 0 if before_learn else max(call.start + total - done, 0)
+            with th.enable_grad():  # a Ctrl-C at the edge of a no_grad() leaves gradients off, here and after the call
+                yield 0 if before_learn else max(call.start + total - done, 0)
         finally:
             self._calls[name] = replace(call, ended=True)
 

@@ -12,7 +12,6 @@ from modip_sb3.baselines.chunk_critics import CandidatePolicy, ChunkCriticAlgori
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer
 from modip_sb3.checks import check_at_least, check_keywords
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.networks import frozen
 
 
 class DQL(ChunkCriticAlgorithm):
@@ -137,8 +136,7 @@ class DQL(ChunkCriticAlgorithm):
         policy, features = self.policy, transitions.features
         loss, metrics = policy.actor.compute_loss(transitions.chunks, features, transitions.mask)
         chunks = policy.actor.generate(features)
-        with frozen(policy.critic):
-            q_values = policy.critic(features, policy.executed(chunks))  # (E, B)
+        q_values = policy.critic(features, policy.executed(chunks))  # (E, B)
         # As the authors do: a random member is climbed, in units of another's magnitude
         climbed, *others = th.randperm(policy.n_critics).tolist()
         scale = q_values[others[0] if others else climbed].detach().abs().mean()

@@ -18,7 +18,6 @@ from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer
 from modip_sb3.checks import check_at_least, check_count, check_ent_coef, check_number, check_widths
 from modip_sb3.datasets import DatasetSources
 from modip_sb3.faults import finite_distribution
-from modip_sb3.networks import frozen
 
 
 class DSRLPolicy(ChunkCriticPolicy):
@@ -239,8 +238,7 @@ class DSRL(ChunkCriticAlgorithm):
         """SAC's actor and temperature on Q(s, noise)."""
         policy = self.policy
         noise, log_prob = policy.noise_actor.action_log_prob(features)
-        with frozen(policy.noise_critic):
-            q_values = policy.noise_critic(features, noise).amin(0)
+        q_values = policy.noise_critic(features, noise).amin(0)
         ent_coef = self.log_ent_coef.detach().exp()
         loss = (ent_coef * log_prob - q_values).mean()
         self._optimize(self.noise_actor_optimizer, loss)

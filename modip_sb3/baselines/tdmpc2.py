@@ -17,7 +17,6 @@ from modip_sb3.baselines.tdmpc2_policy import TDMPC2Policy
 from modip_sb3.buffers import SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_fraction, check_keywords
 from modip_sb3.datasets import DatasetSources, OfflineDataset
-from modip_sb3.networks import frozen
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS
 from modip_sb3.world_model import compute_world_model_errors
 
@@ -282,9 +281,8 @@ class TDMPC2(OfflineToOnlineAlgorithm):
     def _update_actor(self, latents: th.Tensor, mask: th.Tensor) -> Metrics:
         """The prior towards high Q, in units of its running range, and entropy, on the rollout's latents (eq. 5)."""
         policy = self.policy
-        with frozen(policy.critic):
-            actions, entropies = policy.actor(latents)
-            q_values = policy.critic(latents, actions, policy.random_pair()).mean(0)  # (B, H + 1)
+        actions, entropies = policy.actor(latents)
+        q_values = policy.critic(latents, actions, policy.random_pair()).mean(0)  # (B, H + 1)
         q_scale = self._next_q_scale(q_values[:, 0].detach())
         reached = th.cat([th.ones_like(mask[:, :1]), mask], dim=1)  # not after an episode's end
         objective = q_values / q_scale + self.entropy_coef * entropies
