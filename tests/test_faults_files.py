@@ -136,7 +136,7 @@ def press_ctrl_c(delay: float, interrupted: threading.Event) -> None:
     """Again after a while: CPython itself loses one now and then (the bare ``except`` of ``copyreg._slotnames``)."""
     while not interrupted.wait(delay):
         os.kill(os.getpid(), signal.SIGINT)
-        delay = 15.0
+        delay = 3.0
 
 
 def interrupt_again_and_again(algo: str, folder: Path) -> None:
@@ -172,6 +172,19 @@ def interrupt_again_and_again(algo: str, folder: Path) -> None:
 def test_interrupted_again_and_again(algo: str, tmp_path: Path) -> None:
     """In the same process: what was learned is kept, and the next call goes on."""
     assert in_a_process(interrupt_again_and_again, algo, tmp_path) == 0
+
+
+def test_an_interrupted_update_of_the_prior_leaves_the_critics_learning() -> None:
+    model = make("TDMPC2").learn(12)
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    handle = model.policy.actor.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model._update_actor(model.policy.encode(*model.policy.obs_to_tensor(model._last_obs)[:1])[None], None)
+    handle.remove()
+    assert all(parameter.requires_grad for parameter in model.policy.critic.parameters())
 
 
 class StopAtTheEdgeOfNoGrad(BaseCallback):
