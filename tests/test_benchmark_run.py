@@ -176,6 +176,10 @@ def test_threads_are_a_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> No
         (["--algos", "sac", "--envs", ENV_ID, "-P", "tau:1"], "-P tau:1: expected algo.param:value, such as "),
         (["--algos", "sac", "--envs", ENV_ID, "-P", "modip.tau:1"], r"-P names \['modip'\], but --algos are \['sac'\]"),
         (
+            ["--algos", "sac", "--envs", ENV_ID, "-P", "modip.tau:1", "-P", "sac.tau:1"],
+            r"-P names \['modip'\], but --algos are \['sac'\]",
+        ),
+        (
             ["--algos", "sac", "--envs", ENV_ID, "-P", "sac.frame_stack:4"],
             "has frame_stack=4: the benchmark takes none",
         ),

@@ -74,6 +74,7 @@ def _add_run(commands: Any) -> None:
         "-P",
         "--param",
         nargs="+",
+        action="extend",
         default=[],
         metavar="ALGO.PARAM:VALUE",
         help="hyper-parameters",
@@ -92,6 +93,7 @@ def _add_report(commands: Any) -> None:
     report.add_argument(
         "--baseline",
         nargs="+",
+        action="extend",
         default=[],
         metavar="ROW",
         help="whom every other row is compared with: diffusion_bc, 'modip (policy)' ...",
