@@ -140,6 +140,8 @@ def test_collect_refuses_before_it_rolls_out(folder: Path, minari_root: Path, ca
     fails(capsys, ["collect", sac, "--algo", "sac", *given, "--vec-normalize", "no.pkl"], "Statistics no.pkl: no such")
     fails(capsys, ["collect", sac, "--algo", "sac", *given, "--vec-normalize", sac], "VecNormalize.save")
     fails(capsys, ["collect", sac, "--algo", "sac", *given, "--env-kwargs", "gee=1"], "Environment Pendulum-v1: cannot")
+    each = ["--env-kwargs", "gee=1", "--env-kwargs", "g=5.0"]
+    fails(capsys, ["collect", sac, "--algo", "sac", *given, *each], "Environment Pendulum-v1: cannot")
     given = ["--dataset-id", DATASET_ID]
     fails(capsys, ["collect", sac, "--algo", "sac", *given, "--env", "Pendulun-v1"], "Environment Pendulun-v1: cannot")
     fails(capsys, ["collect", sac, "--algo", "sac", *given, "--env", "MountainCarContinuous-v0"], "spaces do not match")

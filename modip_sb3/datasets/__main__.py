@@ -170,7 +170,13 @@ def _add_collect(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--path", metavar="FOLDER", help="folder of Minari datasets (MINARI_DATASETS_PATH)")
     parser.add_argument(
-        "--env-kwargs", nargs="+", default=[], type=_env_kwarg, metavar="NAME=VALUE", help="of the environment"
+        "--env-kwargs",
+        nargs="+",
+        action="extend",
+        default=[],
+        type=_env_kwarg,
+        metavar="NAME=VALUE",
+        help="of the environment",
     )
 
 
