@@ -105,7 +105,7 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         self.dones = np.zeros(shape, dtype=bool)
         self.timeouts = np.zeros(shape, dtype=bool)
         self.final_observations: dict[tuple[int, int], Any] = {}
-        self._episodes: Episodes | None = None  # of those that have ended, if none has since
+        self._episodes: Episodes | None = None  # those found last, until another one ends
         self.closed = False  # closed buffers hold whole episodes and take no more steps
 
     def _zeros_like_obs(self, shape: tuple[int, ...]) -> Observations:

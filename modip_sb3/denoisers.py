@@ -164,7 +164,8 @@ class UNetDenoiser(Denoiser):
                 convolution.dense, convolution.matrix = False, None
 
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        unet, condition = self.unet, symlog(condition)
+        unet = self.unet
+        condition = symlog(condition)
         time = unet.time_mlp(unet.time_proj(timesteps.flatten())).view(*timesteps.shape, -1)
         embedding = time + self.condition_embedding(condition)
         channels = self.condition_channels(condition).expand(*embedding.shape[:-1], -1)
@@ -240,7 +241,8 @@ class MLPDenoiser(Denoiser):
         self.output = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, chunk_dim))
 
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        time, condition = self.time_embedding(timesteps.flatten()).view(*timesteps.shape, -1), symlog(condition)
+        condition = symlog(condition)
+        time = self.time_embedding(timesteps.flatten()).view(*timesteps.shape, -1)
         of_time, of_condition = self.embedding.weight.split([time.shape[-1], condition.shape[-1]], dim=1)
         linear = nn.functional.linear
         return linear(time, of_time) + linear(condition, of_condition, self.embedding.bias)
