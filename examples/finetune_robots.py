@@ -24,7 +24,7 @@ from modip_sb3.acting import ActingMode
 from modip_sb3.evaluation import Evaluation, evaluate
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
-KITCHEN: dict[str, Any] = {"distill_weighting": "uniform"}  # as in zoo_configs/modip.yml
+KITCHEN: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform"}  # as in zoo_configs/modip.yml
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed
 COUNTING = {"terminate_on_tasks_completed": True, "remove_task_when_completed": True}
 

@@ -46,11 +46,7 @@ def _count(total: int, progress_bar: bool) -> Any:
         return tqdm(range(total), desc="pretrain", disable=not progress_bar)
 
 
-def concatenate_batches(batches: list[SequenceBatch]) -> SequenceBatch:
-    """
-    :param batches: sequences of the same length
-    :return: all of them in one batch
-    """
+def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
     if len(batches) == 1:
         return batches[0]
     return SequenceBatch(*(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(*batches, strict=True)))
@@ -299,7 +295,7 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
     def _sample_offline(self, batch_size: int, length: int) -> SequenceBatch:
         vec_normalize = self._vec_normalize_env
         sources = self._offline_counts(batch_size)
-        return concatenate_batches([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
+        return _concatenate([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
 
     def _sample_batch(
         self, batch_size: int, length: int | None = None, offline_fraction: float | None = None
@@ -323,4 +319,4 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
         if num_online == batch_size:
             return online
         offline = self._sample_offline(batch_size - num_online, length)
-        return concatenate_batches([offline, online])
+        return _concatenate([offline, online])

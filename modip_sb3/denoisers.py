@@ -10,8 +10,6 @@ from diffusers import UNet1DModel
 from diffusers.models.embeddings import Timesteps
 from torch import nn
 
-from modip_sb3.networks import symlog
-
 
 class ShortConv1d(nn.Conv1d):
     """
@@ -82,8 +80,7 @@ class Denoiser(nn.Module):
     """
     Predicts the noise, the velocity or the clean actions. What does not depend on the noisy actions is a step of its
     own, :meth:`embed`, so that sampling does it once for all of its steps. Which operations are done may follow from
-    shapes, not from values: sampling records them. Denoisers see the condition's symlog: what lies far outside of few
-    demonstrations would otherwise carry them far from all that they know.
+    shapes, not from values: sampling records them.
     """
 
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
@@ -165,7 +162,6 @@ class UNetDenoiser(Denoiser):
 
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
         unet = self.unet
-        condition = symlog(condition)
         time = unet.time_mlp(unet.time_proj(timesteps.flatten())).view(*timesteps.shape, -1)
         embedding = time + self.condition_embedding(condition)
         channels = self.condition_channels(condition).expand(*embedding.shape[:-1], -1)
@@ -241,7 +237,6 @@ class MLPDenoiser(Denoiser):
         self.output = nn.Sequential(nn.LayerNorm(width), nn.SiLU(), nn.Linear(width, chunk_dim))
 
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
-        condition = symlog(condition)
         time = self.time_embedding(timesteps.flatten()).view(*timesteps.shape, -1)
         of_time, of_condition = self.embedding.weight.split([time.shape[-1], condition.shape[-1]], dim=1)
         linear = nn.functional.linear

@@ -11,7 +11,6 @@ from torch import nn
 from torch.jit import optimized_execution  # type: ignore[attr-defined]
 
 from modip_sb3.denoisers import Denoiser
-from modip_sb3.networks import symlog
 from modip_sb3.schedulers import closed_form, make_schedulers
 
 TRACE_AFTER = 32  # calls; making the trace takes as long as some twenty of them
@@ -222,7 +221,7 @@ class GaussianModel(nn.Module):
         self.network = nn.Sequential(*layers, nn.Linear(condition_dim, 2 * chunk_shape[0] * chunk_shape[1]))
 
     def _distribution(self, condition: th.Tensor) -> th.distributions.Normal:
-        mean, log_std = self.network(symlog(condition)).view(len(condition), 2, *self.chunk_shape).unbind(1)
+        mean, log_std = self.network(condition).view(len(condition), 2, *self.chunk_shape).unbind(1)
         return th.distributions.Normal(mean, log_std.clamp(-5, 1).exp())
 
     def compute_loss(

@@ -184,16 +184,6 @@ class EnsembleMLP(nn.Module):
         return outputs.unflatten(1, inputs.shape[:-1])
 
 
-def symlog(x: th.Tensor) -> th.Tensor:
-    """
-    sign(x) ln(1 + |x|), which compresses large values of either sign (DreamerV3, arXiv:2301.04104).
-
-    :param x: any shape
-    :return: the same shape
-    """
-    return x.sign() * th.log1p(x.abs())
-
-
 class TwoHot(nn.Module):
     """
     Scalars as a distribution over equally spaced bins on a symlog axis (DreamerV3, arXiv:2301.04104; TD-MPC2).
@@ -216,8 +206,8 @@ class TwoHot(nn.Module):
         :return: the expected scalar ``(...)``
         """
         # Not a matrix product: its rounding depends on a row's place in the batch, and would break ties of equal rows
-        means = (F.softmax(logits, dim=-1) * self.bins).sum(-1)
-        return means.sign() * th.expm1(means.abs())
+        symlog = (F.softmax(logits, dim=-1) * self.bins).sum(-1)
+        return symlog.sign() * th.expm1(symlog.abs())
 
     def cross_entropy(self, logits: th.Tensor, targets: th.Tensor) -> th.Tensor:
         """
@@ -225,8 +215,8 @@ class TwoHot(nn.Module):
         :param targets: scalars, of a shape that broadcasts to the logits' leading one
         :return: cross-entropy between the two-hot target and the prediction ``(...)``
         """
-        bins = symlog(targets).clamp(self.low, self.high)
-        position = (bins - self.low) * (self.num_bins - 1) / (self.high - self.low)
+        symlog = (targets.sign() * th.log1p(targets.abs())).clamp(self.low, self.high)
+        position = (symlog - self.low) * (self.num_bins - 1) / (self.high - self.low)
         position = position.expand(logits.shape[:-1])[..., None]
         lower = position.floor().clamp(max=self.num_bins - 2)
         log_probs = F.log_softmax(logits, dim=-1)
