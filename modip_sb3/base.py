@@ -46,7 +46,11 @@ def _count(total: int, progress_bar: bool) -> Any:
         return tqdm(range(total), desc="pretrain", disable=not progress_bar)
 
 
-def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
+def concatenate_batches(batches: list[SequenceBatch]) -> SequenceBatch:
+    """
+    :param batches: sequences of the same length
+    :return: all of them in one batch
+    """
     if len(batches) == 1:
         return batches[0]
     return SequenceBatch(*(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(*batches, strict=True)))
@@ -295,7 +299,7 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
     def _sample_offline(self, batch_size: int, length: int) -> SequenceBatch:
         vec_normalize = self._vec_normalize_env
         sources = self._offline_counts(batch_size)
-        return _concatenate([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
+        return concatenate_batches([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
 
     def _sample_batch(
         self, batch_size: int, length: int | None = None, offline_fraction: float | None = None
@@ -319,4 +323,4 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
         if num_online == batch_size:
             return online
         offline = self._sample_offline(batch_size - num_online, length)
-        return _concatenate([offline, online])
+        return concatenate_batches([offline, online])

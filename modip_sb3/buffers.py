@@ -28,6 +28,19 @@ class SequenceBatch(NamedTuple):
     """``(B, L)``, 1 for steps of the episode"""
 
 
+class Episodes(NamedTuple):
+    """Episodes in a buffer that have ended; of what is left where an episode's beginning has been overwritten."""
+
+    returns: np.ndarray
+    """Undiscounted ``(E,)``"""
+    lengths: np.ndarray
+    """``(E,)``"""
+    rows: np.ndarray
+    """Of their first steps ``(E,)``"""
+    envs: np.ndarray
+    """``(E,)``"""
+
+
 def map_obs(function: Any, *observations: Any) -> Any:
     """
     :param function: applied to arrays or tensors
@@ -92,6 +105,7 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         self.dones = np.zeros(shape, dtype=bool)
         self.timeouts = np.zeros(shape, dtype=bool)
         self.final_observations: dict[tuple[int, int], Any] = {}
+        self._episodes: Episodes | None = None  # those found last, until another one ends
         self.closed = False  # closed buffers hold whole episodes and take no more steps
 
     def _zeros_like_obs(self, shape: tuple[int, ...]) -> Observations:
@@ -159,6 +173,8 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         self.actions[row] = action.reshape(self.n_envs, self.action_dim)
         self.rewards[row] = reward
         self.dones[row], self.timeouts[row] = done, timeouts
+        if done.any():
+            self._episodes = None
         for env in range(self.n_envs):
             self.final_observations.pop((row, env), None)
             if done[env]:
@@ -193,11 +209,12 @@ class SequenceReplayBuffer(NStepReplayBuffer):
             if (last_row, env) not in self.final_observations:
                 self.final_observations[last_row, env] = self._obs_at(self.pos, env)
                 self.dones[last_row, env] = self.timeouts[last_row, env] = True
+                self._episodes = None
 
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
-        self.final_observations = {}
+        self.final_observations, self._episodes = {}, None
 
     def _start_rows(self, batch_size: int) -> np.ndarray:
         if self.size() == 0:
@@ -207,22 +224,45 @@ class SequenceReplayBuffer(NStepReplayBuffer):
             return (np.random.randint(1, self.buffer_size, size=batch_size) + self.pos) % self.buffer_size
         return np.random.randint(0, self.size(), size=batch_size)
 
-    def episode_returns(self) -> tuple[np.ndarray, np.ndarray]:
+    def episodes(self) -> Episodes:
         """
-        :return: the undiscounted returns of the episodes that have ended, and their lengths ``(E,)``; of what is left
-            where an episode's beginning has been overwritten
+        :return: the episodes that have ended
         """
+        if self._episodes is None:
+            self._episodes = self._find_episodes()
+        return self._episodes
+
+    def _find_episodes(self) -> Episodes:
         oldest = self.pos + 1 if self.full and not self.closed else 0  # the row between holds only an observation
         rows = np.arange(oldest, oldest + self.size() - (oldest > 0)) % self.buffer_size
-        returns, lengths = [], []
+        found = [Episodes(np.zeros(0), *np.zeros((3, 0), int))]
         for env in range(self.n_envs):
             ends = np.flatnonzero(self.dones[rows, env]) + 1
             if len(ends) > 0:
                 starts = np.concatenate([[0], ends[:-1]])
-                returns.append(np.add.reduceat(self.rewards[rows[: ends[-1]], env], starts, dtype=np.float64))
-                lengths.append(ends - starts)
-        empty = [np.zeros(0)]
-        return np.concatenate(returns or empty), np.concatenate(lengths or empty)
+                returns = np.add.reduceat(self.rewards[rows[: ends[-1]], env], starts, dtype=np.float64)
+                found.append(Episodes(returns, ends - starts, rows[starts], np.full(len(ends), env)))
+        return Episodes(*map(np.concatenate, zip(*found, strict=True)))
+
+    def sample_episodes(
+        self, batch_size: int, length: int, weights: np.ndarray, env: VecNormalize | None = None
+    ) -> SequenceBatch:
+        """
+        Sequences from some episodes more often than from others.
+
+        :param batch_size: number of sequences B
+        :param length: number of steps L
+        :param weights: how often a step of each of :meth:`episodes` is drawn, beside each other ``(E,)``
+        :param env: normalises observations and rewards with its statistics
+        :return: the batch
+        """
+        episodes = self.episodes()
+        shares = episodes.lengths * weights
+        drawn = np.random.choice(len(shares), batch_size, p=shares / shares.sum())
+        rows = (episodes.rows[drawn] + np.random.randint(episodes.lengths[drawn])) % self.buffer_size
+        if self.full and not self.closed:  # newer steps may have overwritten some: they are as good
+            rows[rows == self.pos] = (self.pos + 1) % self.buffer_size
+        return self._get_sequences(rows, episodes.envs[drawn], length, env)
 
     def sample_sequences(self, batch_size: int, length: int, env: VecNormalize | None = None) -> SequenceBatch:
         """
@@ -233,10 +273,15 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         :param env: normalises observations and rewards with its statistics
         :return: the batch
         """
-        return self._get_sequences(self._start_rows(batch_size), length, env)
+        starts = self._start_rows(batch_size)
+        return self._get_sequences(starts, self._any_env(starts), length, env)
 
-    def _get_sequences(self, starts: np.ndarray, length: int, env: VecNormalize | None) -> SequenceBatch:
-        envs = np.random.randint(0, self.n_envs, size=starts.shape)
+    def _any_env(self, starts: np.ndarray) -> np.ndarray:
+        return np.random.randint(0, self.n_envs, size=starts.shape)
+
+    def _get_sequences(
+        self, starts: np.ndarray, envs: np.ndarray, length: int, env: VecNormalize | None
+    ) -> SequenceBatch:
         rows = (starts[:, None] + np.arange(length)) % self.buffer_size  # (B, L)
         columns = envs[:, None]
         ends = self.dones[rows, columns] | (rows == (self.pos - 1) % self.buffer_size)
@@ -279,7 +324,7 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         return self._get_samples(self._start_rows(batch_size), env)
 
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
-        batch = self._get_sequences(batch_inds, self.n_steps, env)
+        batch = self._get_sequences(batch_inds, self._any_env(batch_inds), self.n_steps, env)
         discounts = self.gamma ** th.arange(self.n_steps, device=self.device)
         return ReplayBufferSamples(
             observations=map_obs(lambda obs: obs[:, 0], batch.observations),

@@ -42,6 +42,8 @@ class DiffusionPolicy(ActingPolicy):
     :param num_inference_steps: denoising steps of one sample
     :param sampling_temperature: scale of the noise that the policy's own chunks start from; below 1 they keep closer
         to what is most likely (low-temperature sampling, Decision Diffuser, arXiv:2211.15657)
+    :param condition_noise: of the noise on what the actor is conditioned on while it clones, in standard deviations of
+        each feature: clones of few demonstrations then do not go astray as easily
     :param features_extractor_class: features extractor
     :param features_extractor_kwargs: its keyword arguments
     :param normalize_images: unused, as images are not supported
@@ -69,6 +71,7 @@ class DiffusionPolicy(ActingPolicy):
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
         sampling_temperature: float = 1.0,
+        condition_noise: float = 0.1,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -85,7 +88,7 @@ class DiffusionPolicy(ActingPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         check_count(1, action_horizon=action_horizon, num_inference_steps=num_inference_steps)
-        check_at_least(0, sampling_temperature=sampling_temperature)
+        check_at_least(0, sampling_temperature=sampling_temperature, condition_noise=condition_noise)
         n_action_steps = action_horizon if n_action_steps is None else n_action_steps
         check_count(0, n_action_steps=n_action_steps)
         if not 1 <= n_action_steps <= action_horizon:
@@ -99,7 +102,7 @@ class DiffusionPolicy(ActingPolicy):
         self.net_arch = DEFAULT_NET_ARCH[denoiser] if net_arch is None else net_arch
         self.action_horizon = self.horizon = action_horizon
         self.n_action_steps, self.inference = n_action_steps, "policy"
-        self.sampling_temperature = sampling_temperature
+        self.sampling_temperature, self.condition_noise = sampling_temperature, condition_noise
         self.diffusion_kwargs: dict[str, Any] = {
             "train_scheduler": train_scheduler,
             "sample_scheduler": sample_scheduler,
@@ -140,6 +143,7 @@ class DiffusionPolicy(ActingPolicy):
             action_horizon=self.action_horizon,
             n_action_steps=self.n_action_steps,
             sampling_temperature=self.sampling_temperature,
+            condition_noise=self.condition_noise,
             features_extractor_class=self.features_extractor_class,
             features_extractor_kwargs=self.features_extractor_kwargs,
             optimizer_class=self.optimizer_class,
@@ -159,6 +163,23 @@ class DiffusionPolicy(ActingPolicy):
         :return: what the actor is conditioned on, without gradient ``(N, C)``
         """
         return features.detach()
+
+    def compute_loss(
+        self, chunks: th.Tensor, condition: th.Tensor, weights: th.Tensor
+    ) -> tuple[th.Tensor, dict[str, th.Tensor]]:
+        """
+        The actor's loss, with noise on its condition (which smooths what is learned: Bishop, "Training with Noise is
+        Equivalent to Tikhonov Regularization", 1995); see :meth:`DiffusionModel.compute_loss`.
+
+        :param chunks: ``(B, T, A)`` in [-1, 1]
+        :param condition: see :meth:`actor_condition` ``(B, C)``
+        :param weights: ``(B, T)``
+        :return: the loss and its metrics
+        """
+        if self.condition_noise > 0:
+            spread = condition.detach().std(dim=0, correction=0)
+            condition = condition + self.condition_noise * spread * th.randn_like(condition)
+        return self.actor.compute_loss(chunks, condition, weights)
 
     def sample_chunks(self, condition: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """

@@ -1,32 +1,44 @@
-"""What the policy clones: how much of the offline data while its own experience gets better, and with which weights."""
+"""What the policy clones: whose episodes, how much of the offline data beside them, and with which weights."""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch as th
 
+from modip_sb3.buffers import Episodes
+
 PRIOR_STEPS = 1000  # of experience that count as worse than the data: a few short episodes say little
-Episodes = tuple[np.ndarray, np.ndarray]
 
 
-def offline_share(offline: Sequence[Episodes], weights: Sequence[float] | np.ndarray, online: Episodes) -> float:
+def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.ndarray, online: Episodes) -> np.ndarray:
     """
-    The probability that the episode of a random offline step has a higher return than that of a random online step,
-    ties counting half; 1 before there is experience.
+    For each online episode the probability that the episode of a random offline step has a lower return, ties counting
+    half.
 
-    :param offline: returns and lengths of each source's episodes ``(E,)``
+    :param offline: each source's episodes
     :param weights: how often steps are drawn from each source, of sum one
-    :param online: returns and lengths of the episodes that were experienced ``(F,)``
-    :return: between 0 and 1
+    :param online: the episodes that were experienced ``(F,)``
+    :return: between 0 and 1 ``(F,)``
     """
-    returns = np.concatenate([returns for returns, _ in offline])
-    shares = np.concatenate([w * lengths / lengths.sum() for w, (_, lengths) in zip(weights, offline, strict=True)])
+    returns = np.concatenate([source.returns for source in offline])
+    shares = np.concatenate([w * s.lengths / s.lengths.sum() for w, s in zip(weights, offline, strict=True)])
     order = np.argsort(returns)
     cumulative = np.concatenate([[0.0], np.cumsum(shares[order])])
-    online_returns, online_lengths = online
-    worse, not_better = (np.searchsorted(returns[order], online_returns, side) for side in ("left", "right"))
-    better = 1 - (cumulative[worse] + cumulative[not_better]) / 2  # (F,)
-    return float((PRIOR_STEPS + online_lengths @ better) / (PRIOR_STEPS + online_lengths.sum()))
+    worse, not_better = (np.searchsorted(returns[order], online.returns, side) for side in ("left", "right"))
+    return (cumulative[worse] + cumulative[not_better]) / 2
+
+
+def offline_share(ratings: np.ndarray, lengths: np.ndarray) -> float:
+    """
+    The probability that the episode of a random offline step is better than that of an online step which is drawn in
+    proportion to its rating; 1 before there is experience.
+
+    :param ratings: what :func:`rate_episodes` returned ``(F,)``
+    :param lengths: of the same episodes ``(F,)``
+    :return: between 0 and 1
+    """
+    drawn = ratings * lengths
+    return float((PRIOR_STEPS + drawn @ (1 - ratings)) / (PRIOR_STEPS + drawn.sum()))
 
 
 def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:

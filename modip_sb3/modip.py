@@ -11,12 +11,12 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.acting import ActingMode, ChunkState
-from modip_sb3.base import Metrics, Phase
+from modip_sb3.base import Metrics, Phase, concatenate_batches
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.mixing import advantage_weights, offline_share
+from modip_sb3.mixing import advantage_weights, offline_share, rate_episodes
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.policies import MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -68,7 +68,7 @@ class MODIP(DiffusionAlgorithm):
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"; "auto" for whichever has the
-        better episodes, see :class:`~modip_sb3.trial.Trial`, where good demonstrations mislead the planner
+        better episodes, see :class:`~modip_sb3.trial.Trial`, and the planner where nothing was learned from data
     :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; None
         for the whole plan
     :param inference: what ``predict()`` uses, "policy" or "planner"; also with the latter the policy acts alone once
@@ -83,7 +83,8 @@ class MODIP(DiffusionAlgorithm):
     :param distill_batch_size: chunks in those batches, of which the weights let a part count; with 64 the policy alone
         fell at first on HalfCheetah
     :param distill_offline_fraction: share of offline chunks in those batches; "auto" lowers it as the episodes of
-        ``learn()`` become better than those of the data, see :func:`~modip_sb3.mixing.offline_share`
+        ``learn()`` become better than those of the data, and clones the better ones of them more often, see
+        :mod:`modip_sb3.mixing`
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
         "both"
     :param distill_weighting: "advantage" weights executed chunks by exp(β A / σ_A), "uniform" is the paper's loss
@@ -130,7 +131,7 @@ class MODIP(DiffusionAlgorithm):
         offline_dataset: DatasetSources | None = None,
         pretrain_steps: int = 10_000,
         offline_fraction: float = 0.5,
-        rollout_with: Literal["auto"] | ActingMode = "planner",
+        rollout_with: Literal["auto"] | ActingMode = "auto",
         n_plan_steps: int | None = None,
         inference: ActingMode = "policy",
         planner_kwargs: dict[str, Any] | None = None,
@@ -213,7 +214,6 @@ class MODIP(DiffusionAlgorithm):
         self.distill_weighting = distill_weighting
         self.distill_beta = distill_beta
         self.relabel_freq = relabel_freq
-        self._offline_share, self._share_since = 1.0, -1
         if _init_setup_model:
             self._setup_model()
 
@@ -336,15 +336,18 @@ class MODIP(DiffusionAlgorithm):
 
     def _sample_distilled(self, batch_size: int, length: int) -> SequenceBatch:
         """From offline data and replay, in the shares that are to be cloned."""
-        share = self.distill_offline_fraction
-        if share == "auto":
-            if self._offline_buffers and self._share_since != self._episode_num:
-                offline = [buffer.episode_returns() for buffer in self._offline_buffers]
-                self._offline_share = offline_share(offline, self._offline_shares, self.replay_buffer.episode_returns())
-                self._share_since = self._episode_num
-                self.logger.record("train/offline_share", self._offline_share)
-            share = self._offline_share
-        return self._sample_batch(batch_size, length, share)
+        fraction, replay = self.distill_offline_fraction, self.replay_buffer
+        if fraction != "auto" or not self._offline_buffers:
+            return self._sample_batch(batch_size, length, None if fraction == "auto" else fraction)
+        online, offline = replay.episodes(), [buffer.episodes() for buffer in self._offline_buffers]
+        ratings = rate_episodes(offline, self._offline_shares, online)
+        share = offline_share(ratings, online.lengths)
+        self.logger.record("train/offline_share", share)
+        num_offline = round(batch_size * share)
+        batches = [self._sample_offline(num_offline, length)] if num_offline > 0 else []
+        if num_offline < batch_size:
+            batches.append(replay.sample_episodes(batch_size - num_offline, length, ratings, self._vec_normalize_env))
+        return concatenate_batches(batches)
 
     @th.no_grad()
     def _executed_chunks(self, batch_size: int) -> Chunks:

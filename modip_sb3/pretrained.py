@@ -17,7 +17,7 @@ from modip_sb3.diffusion_policy import DEFAULT_NET_ARCH, DiffusionPolicy
 # What the actor's networks are, and were trained for; how they are sampled may be chosen anew
 _FIXED = ["denoiser", "proposal", "action_horizon", "train_scheduler", "scheduler_kwargs"]
 _FIXED += ["features_extractor_class", "features_extractor_kwargs"]
-_CHOSEN = ["sample_scheduler", "num_inference_steps"]
+_CHOSEN = ["sample_scheduler", "num_inference_steps", "condition_noise"]
 _PARTS = ("features_extractor", "normalizer", "actor", "actor_ema")
 
 
@@ -57,8 +57,8 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
         return self._clone(batch.actions[:, :horizon], features, batch.mask[:, :horizon])
 
     def _clone(self, actions: th.Tensor, condition: th.Tensor, weights: th.Tensor) -> Metrics:
-        """One step of the denoising loss on chunks ``(B, T, A)``; see :meth:`DiffusionModel.compute_loss`."""
-        loss, metrics = self.policy.actor.compute_loss(actions, condition, weights)
+        """One step of the denoising loss on chunks ``(B, T, A)``; see :meth:`DiffusionPolicy.compute_loss`."""
+        loss, metrics = self.policy.compute_loss(actions, condition, weights)
         self._update_actor(loss)
         return metrics
 

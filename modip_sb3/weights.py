@@ -23,6 +23,7 @@ SUFFIX = ".safetensors"
 _KEY = "modip_sb3"
 # How the networks act and learn may differ between a file and a model; what they are, and were trained for, may not
 _MAY_DIFFER = {
+    "condition_noise",
     "dropout",
     "horizon",
     "inference",

@@ -138,6 +138,7 @@ DIFFUSION = POLICY | {
     "scheduler_kwargs": keywords(st.fixed_dictionaries({}, optional={k: s.good for k, s in SCHEDULER_KWARGS.items()})),
     "num_inference_steps": count(1, 3),
     "sampling_temperature": at_least_zero(2),
+    "condition_noise": at_least_zero(1),
 }
 WORLD_MODEL = {
     "latent_dim": Setting(st.sampled_from([8, 16]), count(1, 1).bad | st.integers(1, 100).filter(lambda n: n % 8 != 0)),

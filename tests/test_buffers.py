@@ -150,7 +150,7 @@ def test_an_episode_broken_off_by_a_reset_ends_in_a_time_limit() -> None:
     recorder.reset_envs()
     recorder.step()
     assert buffer.dones[:4, 0].tolist() == buffer.timeouts[:4, 0].tolist() == [False, False, True, False]
-    batch = buffer._get_sequences(np.array([1]), 4, None)
+    batch = buffer._get_sequences(np.array([1]), np.array([0]), 4, None)
     assert decode(batch.observations)[0].tolist() == [[0, 0, 1], [0, 0, 2], [0, 0, 3], [0, 0, 3], [0, 0, 3]]
     assert batch.mask.tolist() == [[1, 1, 0, 0]] and batch.terminations.sum() == 0
 
@@ -259,7 +259,7 @@ def test_vec_normalize_is_applied_once() -> None:
     recorder = Recorder(buffer, BOX, seed=0, max_length=2)  # each step is an episode: final observations too
     for _ in range(5):
         recorder.step()
-    raw, normalized = (buffer._get_sequences(np.arange(5), 2, env) for env in (None, venv))
+    raw, normalized = (buffer._get_sequences(np.arange(5), np.zeros(5, int), 2, env) for env in (None, venv))
     expected = (raw.observations - th.tensor([0.0, 1.0, 2.0])) / th.tensor([1.0, 2.0, 4.0])
     th.testing.assert_close(normalized.observations, expected, rtol=1e-4, atol=1e-4)
     th.testing.assert_close(normalized.rewards, raw.rewards / 5, rtol=1e-4, atol=1e-4)

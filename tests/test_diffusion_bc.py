@@ -95,9 +95,39 @@ def test_actions_after_an_episodes_end_do_not_count() -> None:
     losses = []
     for weights in (batch.mask, th.ones_like(batch.mask)):
         th.manual_seed(0)
-        losses.append(model.policy.actor.compute_loss(batch.actions, features, weights)[0].item())
+        losses.append(model.policy.compute_loss(batch.actions, features, weights)[0].item())
     th.manual_seed(0)
     assert model._update(batch, "offline")["actor_loss"].item() == pytest.approx(losses[0]) != pytest.approx(losses[1])
+
+
+def test_the_condition_is_blurred_in_proportion_to_its_spread(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(Walk(), policy_kwargs={"condition_noise": 0.2})
+    policy, seen = model.policy, []
+    compute_loss = policy.actor.compute_loss
+    monkeypatch.setattr(policy.actor, "compute_loss", lambda *args: seen.append(args[1]) or compute_loss(*args))
+    spread = th.tensor([3.0, 0.0])  # a feature that does not vary has no noise
+    condition, chunks, weights = spread * th.randn(2000, 2), th.zeros(2000, *policy.chunk_shape), th.ones(2000, 4)
+    policy.compute_loss(chunks, condition, weights)
+    assert th.allclose((seen[0] - condition).std(0), 0.2 * spread, rtol=0.1)
+    policy.condition_noise = 0.0
+    policy.compute_loss(chunks, condition, weights)
+    assert th.equal(seen[1], condition)
+
+
+def test_noise_keeps_a_clone_of_few_states_smooth() -> None:
+    """Between two states that were seen the actions lie between theirs, and beyond them they change little."""
+    arrays = record_walk(400)
+    arrays["actions"] = np.sign(arrays["observations"][:, :1]).astype(np.float32)
+    arrays.pop("next_observations")
+    slopes = []
+    for noise in (0.0, 0.5):
+        settings = {"learning_rate": 3e-3, "batch_size": 64, "actor_tau": 0.05, "offline_dataset": arrays}
+        model = make(Walk(), policy_kwargs={"condition_noise": noise}, **settings).pretrain(300)
+        states = np.stack([np.linspace(-0.2, 0.2, 21), np.zeros(21)], axis=1).astype(np.float32)
+        obs, _ = model.policy.obs_to_tensor(states)
+        chunks = model.policy.sample_chunks(model.policy.features(obs), deterministic=True)
+        slopes.append(chunks[:, 0, 0].diff().abs().max().item())
+    assert slopes[1] < slopes[0]
 
 
 class Learned(FlattenExtractor):

@@ -10,47 +10,55 @@ from walk import MakeModel, Recorder, Walk, observations, parameters, record_wal
 
 from modip_sb3 import MODIP
 from modip_sb3.baselines import DSRL, DiffusionBC
-from modip_sb3.buffers import SequenceReplayBuffer
-from modip_sb3.mixing import PRIOR_STEPS, advantage_weights, offline_share
+from modip_sb3.buffers import Episodes, SequenceReplayBuffer
+from modip_sb3.mixing import PRIOR_STEPS, advantage_weights, offline_share, rate_episodes
 from modip_sb3.planner import Plan
 
 # ------------------------------------------------------------------ shares
 
 
-def episodes(*pairs: tuple[float, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Returns and lengths."""
+def episodes(*pairs: tuple[float, int]) -> Episodes:
+    """Of returns and lengths."""
     returns, lengths = zip(*pairs, strict=True) if pairs else ((), ())
-    return np.array(returns, float), np.array(lengths, int)
+    return Episodes(np.array(returns, float), np.array(lengths, int), *np.zeros((2, len(pairs)), int))
 
 
 def test_share_before_experience() -> None:
-    assert offline_share([episodes((5.0, 10))], [1.0], episodes()) == 1
+    ratings = rate_episodes([episodes((5.0, 10))], [1.0], episodes())
+    assert ratings.shape == (0,) and offline_share(ratings, np.zeros(0)) == 1
 
 
-@pytest.mark.parametrize(("online", "better"), [(4.0, 1.0), (5.0, 0.75), (6.0, 0.5), (7.0, 0.25), (8.0, 0.0)])
-def test_share_counts_steps_and_half_of_the_ties(online: float, better: float) -> None:
+def test_ratings_count_steps_and_half_of_the_ties() -> None:
     offline = [episodes((5.0, 100), (7.0, 50), (7.0, 50))]
-    share = offline_share(offline, [1.0], episodes((online, 3 * PRIOR_STEPS)))
-    assert share == pytest.approx((1 + 3 * better) / 4)
+    online = episodes(*((reward, 1) for reward in (4.0, 5.0, 6.0, 7.0, 8.0)))
+    np.testing.assert_allclose(rate_episodes(offline, [1.0], online), [0, 0.25, 0.5, 0.75, 1])
 
 
-def test_share_follows_the_sources_weights() -> None:
+def test_ratings_follow_the_sources_weights() -> None:
     sources = [episodes((0.0, 1000)), episodes((9.0, 1))]
-    share = offline_share(sources, [0.3, 0.7], episodes((5.0, PRIOR_STEPS)))
-    assert share == pytest.approx((1 + 0.7) / 2)
+    np.testing.assert_allclose(rate_episodes(sources, [0.3, 0.7], episodes((5.0, 1))), [0.3])
+
+
+@pytest.mark.parametrize(("rating", "drawn"), [(0.0, 0), (0.5, 500), (1.0, 1000)])
+def test_share_of_equal_episodes(rating: float, drawn: float) -> None:
+    share = offline_share(np.full(4, rating), np.full(4, 250))
+    assert share == pytest.approx((PRIOR_STEPS + drawn * (1 - rating)) / (PRIOR_STEPS + drawn))
 
 
 def test_share_is_the_probability_of_drawn_steps() -> None:
     rng = np.random.default_rng(0)
-    sources = [(rng.integers(0, 9, n).astype(float), rng.integers(1, 50, n)) for n in (5, 8)]
-    online = rng.integers(0, 9, 6).astype(float), rng.integers(500, 2000, 6)
+    sources = [episodes(*zip(rng.integers(0, 9, n), rng.integers(1, 50, n), strict=True)) for n in (5, 8)]
+    online = episodes(*zip(rng.integers(0, 9, 6), rng.integers(500, 2000, 6), strict=True))
     weights = np.array([0.4, 0.6])
-    offline = np.concatenate([rng.choice(np.repeat(*s), int(w * 1e5)) for s, w in zip(sources, weights, strict=True)])
-    drawn = rng.choice(np.repeat(*online), len(offline))
+    ratings = rate_episodes(sources, weights, online)
+    offline = np.concatenate(
+        [rng.choice(np.repeat(*s[:2]), int(w * 1e5)) for s, w in zip(sources, weights, strict=True)]
+    )
+    steps = ratings * online.lengths
+    drawn = rng.choice(online.returns, len(offline), p=steps / steps.sum())
     better = (offline > drawn).mean() + (offline == drawn).mean() / 2
-    steps = online[1].sum()
-    expected = (PRIOR_STEPS + steps * better) / (PRIOR_STEPS + steps)
-    assert offline_share(sources, weights, online) == pytest.approx(expected, abs=0.01)
+    expected = (PRIOR_STEPS + steps.sum() * better) / (PRIOR_STEPS + steps.sum())
+    assert offline_share(ratings, online.lengths) == pytest.approx(expected, abs=0.01)
 
 
 def add(buffer: SequenceReplayBuffer, rewards: list[float], dones: list[int]) -> None:
@@ -60,7 +68,8 @@ def add(buffer: SequenceReplayBuffer, rewards: list[float], dones: list[int]) ->
 
 
 def returns_of(buffer: SequenceReplayBuffer) -> list[tuple[float, int]]:
-    return sorted(zip(*(part.tolist() for part in buffer.episode_returns()), strict=True))
+    found = buffer.episodes()
+    return sorted(zip(found.returns.tolist(), found.lengths.tolist(), strict=True))
 
 
 def test_episode_returns_by_hand() -> None:
@@ -69,6 +78,32 @@ def test_episode_returns_by_hand() -> None:
     for step, dones in enumerate([[0, 1], [1, 0], [0, 0], [0, 1]]):
         add(buffer, [float(step), 10.0 + step], dones)
     assert returns_of(buffer) == [(1.0, 2), (10.0, 1), (36.0, 3)]  # the first environment's second goes on
+    found = buffer.episodes()
+    assert sorted(zip(found.envs.tolist(), found.rows.tolist(), strict=True)) == [(0, 0), (1, 0), (1, 1)]
+    buffer.reset()
+    assert returns_of(buffer) == []
+
+
+def test_episodes_are_drawn_by_their_weights_and_lengths() -> None:
+    buffer = SequenceReplayBuffer(20, *vec_walk_spaces(), n_envs=2)
+    for step in range(8):  # the first environment has episodes of 2 and 6 steps, the second one of 7
+        add(buffer, [float(step), 100.0 + step], [int(step in (1, 7)), int(step == 6)])
+    lengths = buffer.episodes().lengths.tolist()
+    assert lengths == [2, 6, 7]
+    batch = buffer.sample_episodes(3000, 3, np.array([1.0, 0.0, 2.0]))
+    first = batch.rewards[:, 0].numpy()
+    assert set(first) == {0, 1, *range(100, 107)} and (first < 2).mean() == pytest.approx(2 / 16, abs=0.03)
+    assert set(batch.mask.sum(1)[first == 106].tolist()) == {1}  # none crosses an episode's end
+
+
+def test_a_full_buffer_draws_steps_that_have_been_overwritten_anew() -> None:
+    buffer = SequenceReplayBuffer(6, *vec_walk_spaces())
+    for step in range(9):
+        add(buffer, [float(step)], [int(step == 5)])
+        if step == 5:
+            assert buffer.episodes().lengths.tolist() == [5]  # the row between holds only an observation
+    batch = buffer.sample_episodes(500, 2, np.ones(1))  # steps 6 to 8 are where 0 to 2 were, and 3 is that row
+    assert set(batch.rewards[:, 0].tolist()) == {4, 5, 7, 8}
 
 
 @pytest.mark.parametrize(("size", "expected"), [(6, (26.0, 4)), (4, (15.0, 2))])
@@ -113,19 +148,24 @@ def test_the_policy_clones_the_share_it_is_told(make_model: MakeModel, fraction:
     assert (chunks.actions[:, 0] == 1).float().mean() == expected
 
 
-def test_the_share_falls_with_better_episodes(make_model: MakeModel) -> None:
-    model = make_model(vec_walk(4), offline_dataset=record_walk())
+def test_better_episodes_are_cloned_more_often(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modip_sb3.mixing.PRIOR_STEPS", 1e-6)
+    model = make_model(vec_walk(4), offline_dataset=far_walk())
     recorder = Recorder()
     model.learn(80, recorder)
     assert "train/offline_share" in recorder.keys
-    shares = []
-    for reward in (-100.0, 100.0):
-        model.replay_buffer.rewards[:] = reward
-        model._episode_num += 1
-        model._sample_distilled(8, 4)
-        shares.append(model._offline_share)
-    num_steps = model.replay_buffer.episode_returns()[1].sum()
-    assert shares == [1.0, pytest.approx(PRIOR_STEPS / (PRIOR_STEPS + num_steps))]
+    replay = model.replay_buffer
+    replay.actions[:] = -1
+    for reward, expected in ((-100.0, {1.0}), (100.0, {-1.0})):
+        replay.rewards[:], replay._episodes = reward, None
+        assert set(model._sample_distilled(40, 4).actions[:, 0].flatten().tolist()) == expected
+    found = replay.episodes()
+    row, env = found.rows[0], found.envs[0]
+    replay.rewards[:], replay.rewards[row, env], replay.actions[row, env] = -100, 1e6, 0
+    replay._episodes = None
+    drawn = model._sample_distilled(400, 4).actions[:, 0].flatten()
+    assert set(drawn.tolist()) == {-1.0, 0.0}
+    assert (drawn == 0).float().mean() == pytest.approx(1 / found.lengths[0], abs=0.1)
 
 
 @pytest.mark.parametrize("advantage", [-100.0, 100.0, 0.0])
@@ -187,6 +227,7 @@ def test_wrong_settings_of_the_distillation(make_model: MakeModel) -> None:
         ({"n_plan_steps": 0}, "n_plan_steps=0"),
         ({"n_plan_steps": 5}, "n_plan_steps=5 must not exceed the plans' horizon=4"),
         ({"policy_kwargs": {"sampling_temperature": -0.1}}, "sampling_temperature=-0.1"),
+        ({"policy_kwargs": {"condition_noise": -0.1}}, "condition_noise=-0.1"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             make_model(Walk(), **wrong)

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "modip_sb3"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
-BLOCKS = {"networks", "checks", "mixing", "storage"}
+BLOCKS = {"networks", "checks", "storage"}
 PARTS = {"denoisers", "schedulers", "diffusion", "world_model", "critics", "planner", "buffers", "datasets"}
 PARTS |= {"env_state"}
 ON_THE_PARTS = {"acting", "diffusion_policy", "policies", "offline", "weights", "base", "modip", "baselines", "envs"}
-ON_THE_PARTS |= {"checkpoint", "faults", "pretrained", "resume", "rollouts", "trial"}
+ON_THE_PARTS |= {"checkpoint", "faults", "mixing", "pretrained", "resume", "rollouts", "trial"}
 ON_TOP = {"evaluation", "benchmark", "zoo", "video", "__init__"}
 TOP_LEVEL = {"pyproject.toml", "README.md", "CHANGELOG.md", "LICENSE", "Makefile", "constraints.txt"}
 TOP_LEVEL |= {"modip_sb3", "examples", "tests", "zoo_configs"}

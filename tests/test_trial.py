@@ -102,7 +102,7 @@ def test_both_act_in_learn(make_model: MakeModel, n_envs: int, policy_kwargs: di
     assert all(len(returns) >= MIN_EPISODES for returns in model._trial.returns.values())
     assert bool(model.policy.trusts_planner) != model._trial.policy_is_better
     ended = np.array(recorder.dones)
-    returns = model.replay_buffer.episode_returns()[0]
+    returns = model.replay_buffer.episodes().returns
     assert ended.sum() == len(returns) > 2 * MIN_EPISODES
 
 

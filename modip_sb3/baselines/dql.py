@@ -134,7 +134,7 @@ class DQL(ChunkCriticAlgorithm):
     def _update_policy(self, batch: SequenceBatch, transitions: ChunkTransitions, phase: Phase) -> Metrics:
         """The denoising loss minus η Q(s, a⁰), with Q in units of its mean magnitude in the batch (eq. 3)."""
         policy, features = self.policy, transitions.features
-        loss, metrics = policy.actor.compute_loss(transitions.chunks, features, transitions.mask)
+        loss, metrics = policy.compute_loss(transitions.chunks, features, transitions.mask)
         chunks = policy.actor.generate(features)
         q_values = policy.critic(features, policy.executed(chunks))  # (E, B)
         # As the authors do: a random member is climbed, in units of another's magnitude
