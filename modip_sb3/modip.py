@@ -68,7 +68,7 @@ class MODIP(DiffusionAlgorithm):
     :param pretrain_steps: updates of the offline phase that ``learn()`` starts with if ``pretrain()`` was not called
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"; "auto" for whichever has the
-        better episodes, see :class:`~modip_sb3.trial.Trial`, and the planner where nothing was learned from data
+        better episodes, see :class:`~modip_sb3.trial.Trial`, where good demonstrations mislead the planner
     :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; None
         for the whole plan
     :param inference: what ``predict()`` uses, "policy" or "planner"; also with the latter the policy acts alone once
@@ -131,7 +131,7 @@ class MODIP(DiffusionAlgorithm):
         offline_dataset: DatasetSources | None = None,
         pretrain_steps: int = 10_000,
         offline_fraction: float = 0.5,
-        rollout_with: Literal["auto"] | ActingMode = "auto",
+        rollout_with: Literal["auto"] | ActingMode = "planner",
         n_plan_steps: int | None = None,
         inference: ActingMode = "policy",
         planner_kwargs: dict[str, Any] | None = None,
