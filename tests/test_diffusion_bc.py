@@ -115,7 +115,7 @@ def test_the_condition_is_blurred_in_proportion_to_its_spread(monkeypatch: pytes
 
 
 def test_noise_keeps_a_clone_of_few_states_smooth() -> None:
-    """Between two states that were seen the actions lie between theirs, and beyond them they change little."""
+    """A jump of the actions in the data becomes a slope."""
     arrays = record_walk(400)
     arrays["actions"] = np.sign(arrays["observations"][:, :1]).astype(np.float32)
     arrays.pop("next_observations")
