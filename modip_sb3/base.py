@@ -139,9 +139,8 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
 
     def _fit_normalizers(self, datasets: Sequence[OfflineDataset]) -> None:
         self._fit_vec_normalize(datasets)
-        vec_normalize = self._vec_normalize_env
         for obs in obs_blocks(datasets):
-            self._update_normalizer(obs if vec_normalize is None else vec_normalize.normalize_obs(obs))
+            self._update_normalizer(self._normalize_obs(obs))
 
     def pretrain(
         self: SelfOfflineToOnline,

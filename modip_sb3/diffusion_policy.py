@@ -43,7 +43,7 @@ class DiffusionPolicy(ActingPolicy):
     :param sampling_temperature: scale of the noise that the policy's own chunks start from; below 1 they keep closer
         to what is most likely (low-temperature sampling, Decision Diffuser, arXiv:2211.15657)
     :param condition_noise: of the noise on what the actor is conditioned on while it clones, in standard deviations of
-        each feature; with 0.1 clones of few demonstrations go astray less easily, and clones of much data get worse
+        each feature; "auto" for as much as the data leaves room for, see :func:`~modip_sb3.offline.measure_blur`
     :param features_extractor_class: features extractor
     :param features_extractor_kwargs: its keyword arguments
     :param normalize_images: unused, as images are not supported
@@ -55,6 +55,8 @@ class DiffusionPolicy(ActingPolicy):
     actor_ema: DiffusionModel | GaussianModel
     num_actor_updates: th.Tensor
     """Steps of the denoising loss that the actor has had, a scalar."""
+    blur: th.Tensor
+    """What ``condition_noise="auto"`` stands for, a scalar: 0 until there is data."""
 
     def __init__(
         self,
@@ -71,7 +73,7 @@ class DiffusionPolicy(ActingPolicy):
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
         sampling_temperature: float = 1.0,
-        condition_noise: float = 0.0,
+        condition_noise: float | Literal["auto"] = "auto",
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,
@@ -88,7 +90,9 @@ class DiffusionPolicy(ActingPolicy):
             optimizer_kwargs=optimizer_kwargs,
         )
         check_count(1, action_horizon=action_horizon, num_inference_steps=num_inference_steps)
-        check_at_least(0, sampling_temperature=sampling_temperature, condition_noise=condition_noise)
+        check_at_least(0, sampling_temperature=sampling_temperature)
+        if condition_noise != "auto":
+            check_at_least(0, condition_noise=condition_noise)
         n_action_steps = action_horizon if n_action_steps is None else n_action_steps
         check_count(0, n_action_steps=n_action_steps)
         if not 1 <= n_action_steps <= action_horizon:
@@ -122,6 +126,7 @@ class DiffusionPolicy(ActingPolicy):
         self.actor = self._make_actor(condition_dim, net_arch)
         self.actor_ema = deepcopy(self.actor).requires_grad_(False)
         self.register_buffer("num_actor_updates", th.zeros(()))
+        self.register_buffer("blur", th.zeros(()))
 
     def _make_actor(self, condition_dim: int, net_arch: Sequence[int]) -> DiffusionModel | GaussianModel:
         if self.proposal == "gaussian":
@@ -176,9 +181,10 @@ class DiffusionPolicy(ActingPolicy):
         :param weights: ``(B, T)``
         :return: the loss and its metrics
         """
-        if self.condition_noise > 0:
+        noise = self.blur if self.condition_noise == "auto" else self.condition_noise
+        if noise > 0:
             spread = condition.detach().std(dim=0, correction=0)
-            condition = condition + self.condition_noise * spread * th.randn_like(condition)
+            condition = condition + noise * spread * th.randn_like(condition)
         return self.actor.compute_loss(chunks, condition, weights)
 
     def sample_chunks(self, condition: th.Tensor, deterministic: bool = False) -> th.Tensor:

@@ -44,7 +44,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     :param sampling_temperature: scale of the noise that the policy's own chunks start from, not the proposals; below 1
         they keep closer to what is most likely (low-temperature sampling, Decision Diffuser, arXiv:2211.15657)
     :param condition_noise: of the noise on what the actor is conditioned on while it clones, in standard deviations of
-        each feature; with 0.1 clones of few demonstrations go astray less easily, and clones of much data get worse
+        each feature; "auto" for as much as the data leaves room for, see :func:`~modip_sb3.offline.measure_blur`
     :param latent_dim: size of the world model's latent state
     :param n_critics: members of the V and of the Q ensemble
     :param features_extractor_class: features extractor
@@ -77,7 +77,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
         sampling_temperature: float = 0.3,
-        condition_noise: float = 0.0,
+        condition_noise: float | Literal["auto"] = "auto",
         latent_dim: int = 128,
         n_critics: int = 2,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,

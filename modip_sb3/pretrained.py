@@ -1,5 +1,6 @@
 """A diffusion policy that was cloned once, in any of the algorithms that fine-tune it."""
 
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch as th
@@ -7,18 +8,21 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm, maybe_make_env
 from stable_baselines3.common.torch_layers import get_actor_critic_arch
 from stable_baselines3.common.type_aliases import GymEnv
-from stable_baselines3.common.utils import polyak_update
+from stable_baselines3.common.utils import obs_as_tensor, polyak_update
 
 from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm
-from modip_sb3.buffers import SequenceBatch, map_obs
+from modip_sb3.buffers import Observations, SequenceBatch, map_obs
 from modip_sb3.checks import check_at_least, check_count, check_fraction
+from modip_sb3.datasets import OfflineDataset
 from modip_sb3.diffusion_policy import DEFAULT_NET_ARCH, DiffusionPolicy
+from modip_sb3.offline import measure_blur
 
 # What the actor's networks are, and were trained for; how they are sampled may be chosen anew
 _FIXED = ["denoiser", "proposal", "action_horizon", "train_scheduler", "scheduler_kwargs"]
 _FIXED += ["features_extractor_class", "features_extractor_kwargs"]
 _CHOSEN = ["sample_scheduler", "num_inference_steps", "condition_noise"]
 _PARTS = ("features_extractor", "normalizer", "actor", "actor_ema")
+_SCALARS = ("num_actor_updates", "blur")
 
 
 class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
@@ -44,6 +48,15 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
         self.actor_tau = actor_tau
         self.actor_decay_start = actor_decay_start
         self.max_grad_norm = max_grad_norm
+
+    def _fit_normalizers(self, datasets: Sequence[OfflineDataset]) -> None:
+        super()._fit_normalizers(datasets)
+        if self.policy.condition_noise == "auto":
+            self.policy.blur.fill_(measure_blur(datasets, self._normalized_features))
+
+    @th.no_grad()
+    def _normalized_features(self, obs: Observations) -> th.Tensor:
+        return self.policy.features(obs_as_tensor(self._normalize_obs(obs), self.device))
 
     def _make_actor_optimizer(self) -> th.optim.Optimizer:
         """Of the denoiser and of a features extractor that learns by cloning alone."""
@@ -108,7 +121,8 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
                     f"The {part} of {type(model).__name__}'s policy does not fit {cls.__name__} with policy_kwargs="
                     f"{policy_kwargs}: leave out what changes the actor's input, such as terminal_value='q'."
                 ) from error
-        new.policy.num_actor_updates.copy_(source.num_actor_updates)
+        for name in _SCALARS:
+            getattr(new.policy, name).copy_(getattr(source, name))
         new._actor_is_given = True
         return new
 

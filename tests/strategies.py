@@ -48,6 +48,10 @@ def at_least_zero(high: float) -> Setting:
     return number(0, high, 0)
 
 
+def or_auto(setting: Setting) -> Setting:
+    return Setting(setting.good | st.just("auto"), setting.bad.filter(lambda value: value != "auto"))
+
+
 def flag() -> Setting:
     not_flags = st.one_of(TEXT, st.none(), st.integers(), st.floats(), LISTS)
     return Setting(st.booleans(), not_flags)
@@ -138,7 +142,7 @@ DIFFUSION = POLICY | {
     "scheduler_kwargs": keywords(st.fixed_dictionaries({}, optional={k: s.good for k, s in SCHEDULER_KWARGS.items()})),
     "num_inference_steps": count(1, 3),
     "sampling_temperature": at_least_zero(2),
-    "condition_noise": at_least_zero(1),
+    "condition_noise": or_auto(at_least_zero(1)),
 }
 WORLD_MODEL = {
     "latent_dim": Setting(st.sampled_from([8, 16]), count(1, 1).bad | st.integers(1, 100).filter(lambda n: n % 8 != 0)),
@@ -227,9 +231,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "n_plan_steps": optional(count(1, 1)),
         "distill_steps": count(0, 2),
         "distill_batch_size": count(1, 8),
-        "distill_offline_fraction": Setting(
-            fraction().good | st.just("auto"), fraction().bad.filter(lambda value: not isinstance(value, str))
-        ),
+        "distill_offline_fraction": or_auto(fraction()),
         "distill_from": choice("executed", "relabel", "both"),
         "distill_weighting": choice("advantage", "uniform"),
         "distill_beta": at_least_zero(10),

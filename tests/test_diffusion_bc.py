@@ -20,8 +20,10 @@ from stable_baselines3.common.vec_env import VecNormalize
 from walk import MakeModel, Walk, assert_same, observations, parameters, record_walk, vec_walk
 
 from modip_sb3.baselines import DiffusionBC
+from modip_sb3.datasets import OfflineDataset
 from modip_sb3.diffusion_policy import DiffusionPolicy
 from modip_sb3.evaluation import evaluate
+from modip_sb3.offline import measure_blur
 
 SMALL = {name: SMALL_POLICY[name] for name in ("denoiser", "num_inference_steps")} | {"net_arch": [16]}
 
@@ -114,6 +116,61 @@ def test_the_condition_is_blurred_in_proportion_to_its_spread(monkeypatch: pytes
     assert th.equal(seen[1], condition)
 
 
+def parallel_lines(num_lines: int, num_steps: int = 100) -> dict[str, Any]:
+    """Episodes side by side: the first coordinate tells when, the second one which."""
+    which, when = np.meshgrid(np.linspace(0, 1, num_lines), np.linspace(0, 1, num_steps), indexing="ij")
+    observations = np.stack([when, which], axis=-1).reshape(-1, 2).astype(np.float32)
+    zeros, ends = np.zeros(len(observations), np.float32), np.tile(np.arange(num_steps) == num_steps - 1, num_lines)
+    names = ("observations", "actions", "rewards", "terminations", "truncations")
+    return dict(zip(names, (observations, zeros[:, None], zeros, np.zeros_like(ends), ends), strict=True))
+
+
+@pytest.mark.parametrize("scale", [(1.0, 1.0), (1.0, 0.0)])
+def test_the_blur_is_a_seventh_of_the_distance_between_episodes(scale: tuple[float, float]) -> None:
+    data = parallel_lines(41)
+    halves = [OfflineDataset.load({k: v[part] for k, v in data.items()}) for part in (slice(2000), slice(2000, None))]
+    blur = measure_blur(halves, lambda obs: th.tensor(scale) * th.as_tensor(obs))
+    gap = 1 / 40 / np.linspace(0, 1, 41).std()
+    expected = gap / np.sqrt(2) / 7 if all(scale) else 0  # without the second one, the lines are the same
+    assert blur == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize("num_lines", [1, 3])
+def test_the_blur_is_limited_where_there_are_few_episodes(num_lines: int) -> None:
+    assert measure_blur([OfflineDataset.load(parallel_lines(num_lines))], th.as_tensor) == 0.1
+
+
+def test_the_data_blurs_the_condition_of_its_clones(tmp_path: Path) -> None:
+    model = make(Walk(), offline_dataset=parallel_lines(41))
+    assert model.policy.blur == 0
+    model.pretrain(1)
+    blur = model.policy.blur.item()
+    assert 0 < blur < 0.1
+    model.save(tmp_path / "model")
+    model.save_weights(tmp_path / "weights")
+    others = [DiffusionBC.load(tmp_path / "model", env=Walk()), DiffusionBC.from_weights(tmp_path / "weights", Walk())]
+    for other in [*others, DiffusionBC.from_pretrained(model, offline_dataset=parallel_lines(3)).pretrain(1)]:
+        assert other.policy.blur == pytest.approx(blur)
+    condition, chunks, weights = th.randn(2000, 2), th.zeros(2000, *model.policy.chunk_shape), th.ones(2000, 4)
+    losses = []
+    for noise in ("auto", blur, 0.0):
+        model.policy.condition_noise = noise
+        th.manual_seed(0)
+        losses.append(model.policy.compute_loss(chunks, condition, weights)[0].item())
+    assert losses[0] == pytest.approx(losses[1]) != pytest.approx(losses[2])
+
+
+@pytest.mark.parametrize("kind", ["box", "dict"])
+def test_the_blur_is_of_what_vec_normalize_returns(kind: str) -> None:
+    policy = "MlpPolicy" if kind == "box" else "MultiInputPolicy"
+    models = [
+        make(env, policy, offline_dataset=record_walk(kind=kind))
+        for env in (Walk(kind), VecNormalize(vec_walk(kind=kind)))
+    ]
+    plain, normalized = (model.pretrain(1).policy.blur.item() for model in models)
+    assert normalized == pytest.approx(plain, rel=0.02)
+
+
 def test_noise_keeps_a_clone_of_few_states_smooth() -> None:
     """A jump of the actions in the data becomes a slope."""
     arrays = record_walk(400)
@@ -165,7 +222,7 @@ def test_learn_clones_and_then_only_acts(kind: str) -> None:
     assert (model._n_pretrain_updates, model._n_updates, model.num_timesteps) == (5, 0, 30)
     assert_same(parameters(model), cloned)
     changed = {name.split(".")[0] for name, value in cloned.items() if not th.equal(value, before[name])}
-    assert changed == {"actor", "actor_ema", "normalizer", "num_actor_updates"}
+    assert changed == {"actor", "actor_ema", "blur", "normalizer", "num_actor_updates"}
     assert len(model.ep_info_buffer) > 0  # the rollouts are counted
 
 

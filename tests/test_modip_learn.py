@@ -48,7 +48,7 @@ def test_learns_from_scratch_without_a_warning(make_model: MakeModel, denoiser: 
         assert model.learn(20) is model
     assert (model.num_timesteps, model._n_updates) == (20, 10)
     unchanged = {name.split(".")[0] for name, value in parameters(model).items() if th.equal(value, before[name])}
-    assert unchanged <= {"world_model", "value", "critic", "value_target", "critic_target", "trusts_planner"}
+    assert unchanged <= {"world_model", "value", "critic", "value_target", "critic_target", "trusts_planner", "blur"}
     assert not th.equal(before["normalizer.mean"], model.policy.normalizer.mean)
     for name in ("world_model", "value", "critic", "value_target", "critic_target", "actor", "actor_ema"):
         changed = [not th.equal(v, before[f"{name}.{k}"]) for k, v in getattr(model.policy, name).named_parameters()]
@@ -190,7 +190,7 @@ def test_clone_only_leaves_world_model_and_critics_alone(make_model: MakeModel) 
     before = parameters(model)
     model.pretrain(3, clone_only=True)
     changed = {name.split(".")[0] for name, value in parameters(model).items() if not th.equal(value, before[name])}
-    assert changed == {"actor", "actor_ema", "normalizer", "num_actor_updates"}
+    assert changed == {"actor", "actor_ema", "blur", "normalizer", "num_actor_updates"}
 
 
 def test_pretrain_calls_callbacks_and_stops(make_model: MakeModel) -> None:
