@@ -3,14 +3,14 @@
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, ProgressBarCallback
 from stable_baselines3.common.type_aliases import MaybeCallback, RolloutReturn
 from stable_baselines3.common.utils import configure_logger
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, VecNormalize
 from tqdm import TqdmExperimentalWarning
 from tqdm.rich import tqdm
 
@@ -46,11 +46,8 @@ def _count(total: int, progress_bar: bool) -> Any:
         return tqdm(range(total), desc="pretrain", disable=not progress_bar)
 
 
-def concatenate_batches(batches: list[SequenceBatch]) -> SequenceBatch:
-    """
-    :param batches: sequences of the same length
-    :return: all of them in one batch
-    """
+def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
+    """All sequences, of the same length, in one batch."""
     if len(batches) == 1:
         return batches[0]
     return SequenceBatch(*(map_obs(lambda *parts: th.cat(parts), *parts) for parts in zip(*batches, strict=True)))
@@ -298,10 +295,14 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
     def _sample_offline(self, batch_size: int, length: int) -> SequenceBatch:
         vec_normalize = self._vec_normalize_env
         sources = self._offline_counts(batch_size)
-        return concatenate_batches([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
+        return _concatenate([buffer.sample_sequences(n, length, vec_normalize) for buffer, n in sources])
 
     def _sample_batch(
-        self, batch_size: int, length: int | None = None, offline_fraction: float | None = None
+        self,
+        batch_size: int,
+        length: int | None = None,
+        offline_fraction: float | None = None,
+        sample_online: Callable[[int, int, VecNormalize | None], SequenceBatch] | None = None,
     ) -> SequenceBatch:
         """
         Offline and online sequences in one batch; either alone while the other is missing.
@@ -309,6 +310,7 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
         :param batch_size: number of sequences
         :param length: of the sequences, ``sequence_length`` by default
         :param offline_fraction: share of the offline ones, the algorithm's own by default
+        :param sample_online: draws the online ones, uniformly by default
         :return: the batch
         """
         length = self.sequence_length if length is None else length
@@ -318,8 +320,8 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
             num_online = round(batch_size * (1 - offline_fraction)) if self.replay_buffer.size() > 0 else 0
         if num_online == 0:
             return self._sample_offline(batch_size, length)
-        online = self.replay_buffer.sample_sequences(num_online, length, self._vec_normalize_env)
+        online = (sample_online or self.replay_buffer.sample_sequences)(num_online, length, self._vec_normalize_env)
         if num_online == batch_size:
             return online
         offline = self._sample_offline(batch_size - num_online, length)
-        return concatenate_batches([offline, online])
+        return _concatenate([offline, online])

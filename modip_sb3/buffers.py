@@ -245,14 +245,14 @@ class SequenceReplayBuffer(NStepReplayBuffer):
         return Episodes(*map(np.concatenate, zip(*found, strict=True)))
 
     def sample_episodes(
-        self, batch_size: int, length: int, weights: np.ndarray, env: VecNormalize | None = None
+        self, weights: np.ndarray, batch_size: int, length: int, env: VecNormalize | None = None
     ) -> SequenceBatch:
         """
         Sequences from some episodes more often than from others.
 
+        :param weights: how often a step of each of :meth:`episodes` is drawn, beside each other ``(E,)``
         :param batch_size: number of sequences B
         :param length: number of steps L
-        :param weights: how often a step of each of :meth:`episodes` is drawn, beside each other ``(E,)``
         :param env: normalises observations and rewards with its statistics
         :return: the batch
         """

@@ -1,5 +1,6 @@
 """MODIP: fine-tune a diffusion policy with a model-predictive planner (arXiv:2606.10825)."""
 
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -11,7 +12,7 @@ from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 from stable_baselines3.common.utils import polyak_update
 
 from modip_sb3.acting import ActingMode, ChunkState
-from modip_sb3.base import Metrics, Phase, concatenate_batches
+from modip_sb3.base import Metrics, Phase
 from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, map_obs
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
@@ -343,11 +344,7 @@ class MODIP(DiffusionAlgorithm):
         ratings = rate_episodes(offline, self._offline_shares, online)
         share = offline_share(ratings, online.lengths)
         self.logger.record("train/offline_share", share)
-        num_offline = round(batch_size * share)
-        batches = [self._sample_offline(num_offline, length)] if num_offline > 0 else []
-        if num_offline < batch_size:
-            batches.append(replay.sample_episodes(batch_size - num_offline, length, ratings, self._vec_normalize_env))
-        return concatenate_batches(batches)
+        return self._sample_batch(batch_size, length, share, partial(replay.sample_episodes, ratings))
 
     @th.no_grad()
     def _executed_chunks(self, batch_size: int) -> Chunks:

@@ -90,7 +90,7 @@ def test_episodes_are_drawn_by_their_weights_and_lengths() -> None:
         add(buffer, [float(step), 100.0 + step], [int(step in (1, 7)), int(step == 6)])
     lengths = buffer.episodes().lengths.tolist()
     assert lengths == [2, 6, 7]
-    batch = buffer.sample_episodes(3000, 3, np.array([1.0, 0.0, 2.0]))
+    batch = buffer.sample_episodes(np.array([1.0, 0.0, 2.0]), 3000, 3)
     first = batch.rewards[:, 0].numpy()
     assert set(first) == {0, 1, *range(100, 107)} and (first < 2).mean() == pytest.approx(2 / 16, abs=0.03)
     assert set(batch.mask.sum(1)[first == 106].tolist()) == {1}  # none crosses an episode's end
@@ -102,7 +102,7 @@ def test_a_full_buffer_draws_steps_that_have_been_overwritten_anew() -> None:
         add(buffer, [float(step)], [int(step == 5)])
         if step == 5:
             assert buffer.episodes().lengths.tolist() == [5]  # the row between holds only an observation
-    batch = buffer.sample_episodes(500, 2, np.ones(1))  # steps 6 to 8 are where 0 to 2 were, and 3 is that row
+    batch = buffer.sample_episodes(np.ones(1), 500, 2)  # steps 6 to 8 are where 0 to 2 were, and 3 is that row
     assert set(batch.rewards[:, 0].tolist()) == {4, 5, 7, 8}
 
 
