@@ -163,5 +163,5 @@ class ActingAlgorithm(OfflineDataAlgorithm):
         policy: Any = self.policy
         policy.trusts_planner.fill_(not self._trial.policy_is_better)
         for mode, returns in self._trial.returns.items():
-            if returns:
+            if len(returns) > 0:
                 self.logger.record(f"rollout/{mode}_return", float(np.mean(returns)))
