@@ -84,7 +84,7 @@ def test_environments_have_episodes_of_their_own() -> None:
     assert not trial.step(np.array([1.0, 2.0, 3.0]), np.zeros(3, bool))
     assert trial.step(np.array([1.0, 2.0, 3.0]), np.array([False, True, True]))
     assert trial.episodes == [("policy", 4.0), ("planner", 6.0)]
-    assert list(trial.modes) == ["planner", "policy", "policy"]
+    assert list(trial.modes) == ["planner", "policy", "planner"]
     trial.restart(2)
     assert trial.episodes == [("policy", 4.0), ("planner", 6.0)] and list(trial.rewards) == [0.0, 0.0]
 
