@@ -73,7 +73,7 @@ class DiffusionPolicy(ActingPolicy):
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
         sampling_temperature: float = 1.0,
-        condition_noise: float | Literal["auto"] = "auto",
+        condition_noise: float | Literal["auto"] = 0.0,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,
         features_extractor_kwargs: dict[str, Any] | None = None,
         normalize_images: bool = True,

@@ -28,17 +28,16 @@ def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     return (cumulative[worse] + cumulative[not_better]) / 2
 
 
-def offline_share(ratings: np.ndarray, lengths: np.ndarray) -> float:
+def offline_share(ratings: np.ndarray, steps: np.ndarray) -> float:
     """
-    The probability that the episode of a random offline step is better than that of an online step which is drawn in
-    proportion to its rating; 1 before there is experience.
+    The probability that the episode of a random offline step is better than that of a random online step; 1 before
+    there is experience.
 
     :param ratings: what :func:`rate_episodes` returned ``(F,)``
-    :param lengths: of the same episodes ``(F,)``
+    :param steps: of the same episodes, or less where an episode is drawn less often ``(F,)``
     :return: between 0 and 1
     """
-    drawn = ratings * lengths
-    return float((PRIOR_STEPS + drawn @ (1 - ratings)) / (PRIOR_STEPS + drawn.sum()))
+    return float((PRIOR_STEPS + steps @ (1 - ratings)) / (PRIOR_STEPS + steps.sum()))
 
 
 def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:

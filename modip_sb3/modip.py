@@ -84,8 +84,9 @@ class MODIP(DiffusionAlgorithm):
     :param distill_batch_size: chunks in those batches, of which the weights let a part count; with 64 the policy alone
         fell at first on HalfCheetah
     :param distill_offline_fraction: share of offline chunks in those batches; "auto" lowers it as the episodes of
-        ``learn()`` become better than those of the data, and clones the better ones of them more often, see
-        :mod:`modip_sb3.mixing`
+        ``learn()`` become better than those of the data, see :func:`~modip_sb3.mixing.offline_share`
+    :param distill_episodes: "all" draws the other chunks from all of ``learn()``; "better" from each episode in
+        proportion to the share of the data that it beats: where rewards are sparse, failures are most of the steps
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
         "both"
     :param distill_weighting: "advantage" weights executed chunks by exp(β A / σ_A), "uniform" is the paper's loss
@@ -143,6 +144,7 @@ class MODIP(DiffusionAlgorithm):
         distill_steps: int = 1,
         distill_batch_size: int = 256,
         distill_offline_fraction: float | Literal["auto"] = "auto",
+        distill_episodes: Literal["all", "better"] = "all",
         distill_from: Literal["executed", "relabel", "both"] = "executed",
         distill_weighting: Literal["advantage", "uniform"] = "advantage",
         distill_beta: float = 2.0,
@@ -199,6 +201,7 @@ class MODIP(DiffusionAlgorithm):
         if distill_offline_fraction != "auto":
             check_fraction(distill_offline_fraction=distill_offline_fraction)
         check_choice("critic_target", critic_target, "v", "policy")
+        check_choice("distill_episodes", distill_episodes, "all", "better")
         check_choice("distill_from", distill_from, "executed", "relabel", "both")
         check_choice("distill_weighting", distill_weighting, "advantage", "uniform")
         check_keywords("planner_kwargs", planner_kwargs, MPPI, *PLANNER_ARGUMENTS)
@@ -206,11 +209,9 @@ class MODIP(DiffusionAlgorithm):
         self.planner_kwargs = dict(planner_kwargs or {})
         self.n_plan_steps = n_plan_steps
         self.critic_target = critic_target
-        self.td_lambda = td_lambda
-        self.expectile = expectile
-        self.rho = rho
+        self.td_lambda, self.expectile, self.rho = td_lambda, expectile, rho
         self.distill_steps, self.distill_batch_size = distill_steps, distill_batch_size
-        self.distill_offline_fraction = distill_offline_fraction
+        self.distill_offline_fraction, self.distill_episodes = distill_offline_fraction, distill_episodes
         self.distill_from = distill_from
         self.distill_weighting = distill_weighting
         self.distill_beta = distill_beta
@@ -338,13 +339,17 @@ class MODIP(DiffusionAlgorithm):
     def _sample_distilled(self, batch_size: int, length: int) -> SequenceBatch:
         """From offline data and replay, in the shares that are to be cloned."""
         fraction, replay = self.distill_offline_fraction, self.replay_buffer
-        if fraction != "auto" or not self._offline_buffers:
-            return self._sample_batch(batch_size, length, None if fraction == "auto" else fraction)
+        if not self._offline_buffers:
+            return self._sample_batch(batch_size, length)
         online, offline = replay.episodes(), [buffer.episodes() for buffer in self._offline_buffers]
         ratings = rate_episodes(offline, self._offline_shares, online)
-        share = offline_share(ratings, online.lengths)
-        self.logger.record("train/offline_share", share)
-        return self._sample_batch(batch_size, length, share, partial(replay.sample_episodes, ratings))
+        weights = ratings if self.distill_episodes == "better" else np.ones_like(ratings)
+        if fraction == "auto":
+            fraction = offline_share(ratings, weights * online.lengths)
+            self.logger.record("train/offline_share", fraction)
+        some_are_better = self.distill_episodes == "better" and ratings.any()
+        sample_online = partial(replay.sample_episodes, ratings) if some_are_better else None
+        return self._sample_batch(batch_size, length, fraction, sample_online)
 
     @th.no_grad()
     def _executed_chunks(self, batch_size: int) -> Chunks:

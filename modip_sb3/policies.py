@@ -77,7 +77,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         scheduler_kwargs: dict[str, Any] | None = None,
         num_inference_steps: int = 5,
         sampling_temperature: float = 0.3,
-        condition_noise: float | Literal["auto"] = "auto",
+        condition_noise: float | Literal["auto"] = 0.0,
         latent_dim: int = 128,
         n_critics: int = 2,
         features_extractor_class: type[BaseFeaturesExtractor] | None = None,

@@ -232,6 +232,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "distill_steps": count(0, 2),
         "distill_batch_size": count(1, 8),
         "distill_offline_fraction": or_auto(fraction()),
+        "distill_episodes": choice("all", "better"),
         "distill_from": choice("executed", "relabel", "both"),
         "distill_weighting": choice("advantage", "uniform"),
         "distill_beta": at_least_zero(10),

@@ -141,7 +141,7 @@ def test_the_blur_is_limited_where_there_are_few_episodes(num_lines: int) -> Non
 
 
 def test_the_data_blurs_the_condition_of_its_clones(tmp_path: Path) -> None:
-    model = make(Walk(), offline_dataset=parallel_lines(41))
+    model = make(Walk(), offline_dataset=parallel_lines(41), policy_kwargs={"condition_noise": "auto"})
     assert model.policy.blur == 0
     model.pretrain(1)
     blur = model.policy.blur.item()
@@ -164,7 +164,7 @@ def test_the_data_blurs_the_condition_of_its_clones(tmp_path: Path) -> None:
 def test_the_blur_is_of_what_vec_normalize_returns(kind: str) -> None:
     policy = "MlpPolicy" if kind == "box" else "MultiInputPolicy"
     models = [
-        make(env, policy, offline_dataset=record_walk(kind=kind))
+        make(env, policy, offline_dataset=record_walk(kind=kind), policy_kwargs={"condition_noise": "auto"})
         for env in (Walk(kind), VecNormalize(vec_walk(kind=kind)))
     ]
     plain, normalized = (model.pretrain(1).policy.blur.item() for model in models)
@@ -222,7 +222,7 @@ def test_learn_clones_and_then_only_acts(kind: str) -> None:
     assert (model._n_pretrain_updates, model._n_updates, model.num_timesteps) == (5, 0, 30)
     assert_same(parameters(model), cloned)
     changed = {name.split(".")[0] for name, value in cloned.items() if not th.equal(value, before[name])}
-    assert changed == {"actor", "actor_ema", "blur", "normalizer", "num_actor_updates"}
+    assert changed == {"actor", "actor_ema", "normalizer", "num_actor_updates"}
     assert len(model.ep_info_buffer) > 0  # the rollouts are counted
 
 

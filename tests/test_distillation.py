@@ -39,13 +39,13 @@ def test_ratings_follow_the_sources_weights() -> None:
     np.testing.assert_allclose(rate_episodes(sources, [0.3, 0.7], episodes((5.0, 1))), [0.3])
 
 
-@pytest.mark.parametrize(("rating", "drawn"), [(0.0, 0), (0.5, 500), (1.0, 1000)])
-def test_share_of_equal_episodes(rating: float, drawn: float) -> None:
-    share = offline_share(np.full(4, rating), np.full(4, 250))
-    assert share == pytest.approx((PRIOR_STEPS + drawn * (1 - rating)) / (PRIOR_STEPS + drawn))
+@pytest.mark.parametrize(("rating", "expected"), [(0.0, 1.0), (0.5, 0.75), (1.0, 0.5)])
+def test_share_of_equal_episodes(rating: float, expected: float) -> None:
+    assert offline_share(np.full(4, rating), np.full(4, PRIOR_STEPS / 4)) == pytest.approx(expected)
 
 
-def test_share_is_the_probability_of_drawn_steps() -> None:
+@pytest.mark.parametrize("better", [True, False])
+def test_share_is_the_probability_of_drawn_steps(better: bool) -> None:
     rng = np.random.default_rng(0)
     sources = [episodes(*zip(rng.integers(0, 9, n), rng.integers(1, 50, n), strict=True)) for n in (5, 8)]
     online = episodes(*zip(rng.integers(0, 9, 6), rng.integers(500, 2000, 6), strict=True))
@@ -54,11 +54,11 @@ def test_share_is_the_probability_of_drawn_steps() -> None:
     offline = np.concatenate(
         [rng.choice(np.repeat(*s[:2]), int(w * 1e5)) for s, w in zip(sources, weights, strict=True)]
     )
-    steps = ratings * online.lengths
+    steps = online.lengths * (ratings if better else 1)
     drawn = rng.choice(online.returns, len(offline), p=steps / steps.sum())
-    better = (offline > drawn).mean() + (offline == drawn).mean() / 2
-    expected = (PRIOR_STEPS + steps.sum() * better) / (PRIOR_STEPS + steps.sum())
-    assert offline_share(ratings, online.lengths) == pytest.approx(expected, abs=0.01)
+    probability = (offline > drawn).mean() + (offline == drawn).mean() / 2
+    expected = (PRIOR_STEPS + steps.sum() * probability) / (PRIOR_STEPS + steps.sum())
+    assert offline_share(ratings, steps) == pytest.approx(expected, abs=0.01)
 
 
 def add(buffer: SequenceReplayBuffer, rewards: list[float], dones: list[int]) -> None:
@@ -148,9 +148,12 @@ def test_the_policy_clones_the_share_it_is_told(make_model: MakeModel, fraction:
     assert (chunks.actions[:, 0] == 1).float().mean() == expected
 
 
-def test_better_episodes_are_cloned_more_often(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("distilled", ["all", "better"])
+def test_episodes_are_cloned_by_what_they_return(
+    make_model: MakeModel, monkeypatch: pytest.MonkeyPatch, distilled: str
+) -> None:
     monkeypatch.setattr("modip_sb3.mixing.PRIOR_STEPS", 1e-6)
-    model = make_model(vec_walk(4), offline_dataset=far_walk())
+    model = make_model(vec_walk(4), offline_dataset=far_walk(), distill_episodes=distilled)
     recorder = Recorder()
     model.learn(80, recorder)
     assert "train/offline_share" in recorder.keys
@@ -162,10 +165,11 @@ def test_better_episodes_are_cloned_more_often(make_model: MakeModel, monkeypatc
     found = replay.episodes()
     row, env = found.rows[0], found.envs[0]
     replay.rewards[:], replay.rewards[row, env], replay.actions[row, env] = -100, 1e6, 0
-    replay._episodes = None
+    replay._episodes, model.distill_offline_fraction = None, 0.0
     drawn = model._sample_distilled(400, 4).actions[:, 0].flatten()
     assert set(drawn.tolist()) == {-1.0, 0.0}
-    assert (drawn == 0).float().mean() == pytest.approx(1 / found.lengths[0], abs=0.1)
+    share = 1 / (found.lengths[0] if distilled == "better" else replay.size() * replay.n_envs)
+    assert (drawn == 0).float().mean() == pytest.approx(share, abs=0.1)
 
 
 @pytest.mark.parametrize("advantage", [-100.0, 100.0, 0.0])

@@ -190,7 +190,7 @@ def test_clone_only_leaves_world_model_and_critics_alone(make_model: MakeModel) 
     before = parameters(model)
     model.pretrain(3, clone_only=True)
     changed = {name.split(".")[0] for name, value in parameters(model).items() if not th.equal(value, before[name])}
-    assert changed == {"actor", "actor_ema", "blur", "normalizer", "num_actor_updates"}
+    assert changed == {"actor", "actor_ema", "normalizer", "num_actor_updates"}
 
 
 def test_pretrain_calls_callbacks_and_stops(make_model: MakeModel) -> None:
