@@ -339,16 +339,15 @@ class MODIP(DiffusionAlgorithm):
     def _sample_distilled(self, batch_size: int, length: int) -> SequenceBatch:
         """From offline data and replay, in the shares that are to be cloned."""
         fraction, replay = self.distill_offline_fraction, self.replay_buffer
-        if not self._offline_buffers:
-            return self._sample_batch(batch_size, length)
+        better = self.distill_episodes == "better"
+        if not self._offline_buffers or (fraction != "auto" and not better):
+            return self._sample_batch(batch_size, length, None if fraction == "auto" else fraction)
         online, offline = replay.episodes(), [buffer.episodes() for buffer in self._offline_buffers]
         ratings = rate_episodes(offline, self._offline_shares, online)
-        weights = ratings if self.distill_episodes == "better" else np.ones_like(ratings)
         if fraction == "auto":
-            fraction = offline_share(ratings, weights * online.lengths)
+            fraction = offline_share(ratings, online.lengths * (ratings if better else 1))
             self.logger.record("train/offline_share", fraction)
-        some_are_better = self.distill_episodes == "better" and ratings.any()
-        sample_online = partial(replay.sample_episodes, ratings) if some_are_better else None
+        sample_online = partial(replay.sample_episodes, ratings) if better and ratings.any() else None
         return self._sample_batch(batch_size, length, fraction, sample_online)
 
     @th.no_grad()
