@@ -197,19 +197,22 @@ class DiffusionPolicy(ActingPolicy):
         noise = condition.new_zeros(len(condition), *self.chunk_shape) if deterministic else None
         return self.actor_ema.sample(condition, noise, self.sampling_temperature)
 
-    def sample_candidates(self, condition: th.Tensor, num_candidates: int, deterministic: bool = False) -> th.Tensor:
+    def sample_candidates(
+        self, condition: th.Tensor, num_candidates: int, temperature: float, deterministic: bool = False
+    ) -> th.Tensor:
         """
         :param condition: see :meth:`actor_condition` ``(N, C)``
-        :param num_candidates: n, chunks to choose from, drawn at temperature 1
+        :param num_candidates: n, chunks to choose from
+        :param temperature: scale of the noise that they start from
         :param deterministic: the same chunks for the same condition
         :return: action chunks of the EMA actor in [-1, 1] ``(N, n, T, A)``
         """
         noise = None
         if deterministic:
             shape = (num_candidates, *self.chunk_shape)
-            noise = th.randn(shape, generator=th.Generator().manual_seed(1)).to(self.device)
+            noise = temperature * th.randn(shape, generator=th.Generator().manual_seed(1)).to(self.device)
             noise = noise.repeat(len(condition), 1, 1)
-        chunks = self.actor_ema.sample(condition.repeat_interleave(num_candidates, dim=0), noise)
+        chunks = self.actor_ema.sample(condition.repeat_interleave(num_candidates, dim=0), noise, temperature)
         return chunks.view(len(condition), num_candidates, *self.chunk_shape)
 
     def act(

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 
 from modip_sb3.acting import ActingMode, ChunkState, PlanningPolicy
 from modip_sb3.buffers import map_obs
-from modip_sb3.checks import check_choice, check_count, check_keywords
+from modip_sb3.checks import check_at_least, check_choice, check_count, check_keywords
 from modip_sb3.critics import ValueEnsemble
 from modip_sb3.diffusion_policy import DiffusionPolicy
 from modip_sb3.networks import RunningNormalizer
@@ -33,6 +33,8 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     :param n_action_steps: how many of them the policy alone executes before it predicts the next chunk; None for all
     :param horizon: environment steps that the planner looks ahead, at most ``action_horizon``
     :param num_proposals: chunks that the actor proposes for each plan
+    :param proposal_temperature: scale of the noise that they start from; below 1 where the planner errs by choosing
+        among unlikely ones, as it does after good demonstrations alone
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`
     :param terminal_value: what ends a plan's score: "v" for V(z_H), or "q" for the ablation with Q(z_H, π(z_H)), where
         the actor sees the world model's latent instead of the observation
@@ -69,6 +71,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         n_action_steps: int | None = 1,
         horizon: int = 4,
         num_proposals: int = 16,
+        proposal_temperature: float = 1.0,
         planner_kwargs: dict[str, Any] | None = None,
         terminal_value: Literal["v", "q"] = "v",
         inference: ActingMode = "policy",
@@ -88,6 +91,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     ):
         check_count(1, num_proposals=num_proposals, n_critics=n_critics, latent_dim=latent_dim)
         check_count(0, horizon=horizon, action_horizon=action_horizon)
+        check_at_least(0, proposal_temperature=proposal_temperature)
         check_keywords("planner_kwargs", planner_kwargs, MPPI, *PLANNER_ARGUMENTS)
         check_choice("terminal_value", terminal_value, "v", "q")
         check_choice("inference", inference, "policy", "planner")
@@ -96,7 +100,8 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
                 f"horizon={horizon} must lie between 1 and action_horizon={action_horizon}: a chunk is planned from "
                 "its start."
             )
-        self.num_proposals, self.planner_kwargs = num_proposals, dict(planner_kwargs or {})
+        self.num_proposals, self.proposal_temperature = num_proposals, proposal_temperature
+        self.planner_kwargs = dict(planner_kwargs or {})
         self.terminal_value, self.latent_dim, self.n_critics = terminal_value, latent_dim, n_critics
         super().__init__(
             observation_space,
@@ -144,6 +149,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         return super()._get_constructor_parameters() | {
             "horizon": self.horizon,
             "num_proposals": self.num_proposals,
+            "proposal_temperature": self.proposal_temperature,
             "planner_kwargs": self.planner_kwargs,
             "terminal_value": self.terminal_value,
             "inference": self.inference,
@@ -169,7 +175,10 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
             condition = self.actor_condition(features)
 
             def propose(latents: th.Tensor) -> th.Tensor:
-                return self.sample_candidates(condition, self.num_proposals, deterministic)[:, :, : self.horizon]
+                candidates = self.sample_candidates(
+                    condition, self.num_proposals, self.proposal_temperature, deterministic
+                )
+                return candidates[:, :, : self.horizon]
 
             return self._make_planner(propose).plan(self.world_model.encode(features), warm_start, deterministic)
 

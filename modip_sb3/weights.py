@@ -33,6 +33,7 @@ _MAY_DIFFER = {
     "optimizer_class",
     "optimizer_kwargs",
     "planner_kwargs",
+    "proposal_temperature",
     "sample_scheduler",
     "sampling_temperature",
 }

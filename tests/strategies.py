@@ -148,6 +148,7 @@ WORLD_MODEL = {
     "latent_dim": Setting(st.sampled_from([8, 16]), count(1, 1).bad | st.integers(1, 100).filter(lambda n: n % 8 != 0)),
     "n_critics": count(1, 3),
     "num_proposals": count(1, 4),
+    "proposal_temperature": at_least_zero(2),
     "inference": choice("policy", "planner"),
     "planner_kwargs": PLANNER_KWARGS,
 }

@@ -232,6 +232,7 @@ def test_wrong_settings_of_the_distillation(make_model: MakeModel) -> None:
         ({"n_plan_steps": 5}, "n_plan_steps=5 must not exceed the plans' horizon=4"),
         ({"policy_kwargs": {"sampling_temperature": -0.1}}, "sampling_temperature=-0.1"),
         ({"policy_kwargs": {"condition_noise": -0.1}}, "condition_noise=-0.1"),
+        ({"policy_kwargs": {"proposal_temperature": -0.1}}, "proposal_temperature=-0.1"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
             make_model(Walk(), **wrong)
@@ -288,17 +289,23 @@ def test_predict_plans_at_every_step(make_model: MakeModel) -> None:
 
 
 @pytest.mark.parametrize("proposal", ["diffusion", "gaussian"])
-def test_temperature_scales_the_spread_of_the_policy_alone(make_model: MakeModel, proposal: str) -> None:
-    own, proposed = [], []
-    for temperature in (0.0, 0.5, 1.0):
-        settings = {"sampling_temperature": temperature, "proposal": proposal, "num_proposals": 500}
-        model = make_model(Walk(), policy_kwargs=settings, planner_kwargs={"num_samples": 0, "num_elites": 500})
-        own.append(model.policy.sample_chunks(th.zeros(500, 2)))
+def test_temperatures_scale_the_spread_of_the_policy_alone_and_of_the_proposals(
+    make_model: MakeModel, proposal: str
+) -> None:
+    def spreads(**temperatures: float) -> tuple[float, float]:
+        settings = {"proposal": proposal, "num_proposals": 500} | temperatures
+        planner_kwargs = {"num_samples": 0, "num_elites": 500, "min_std": 0.0}
+        policy = make_model(Walk(), policy_kwargs=settings, planner_kwargs=planner_kwargs).policy
+        alone = policy.sample_chunks(th.zeros(500, 2)).std(0).mean().item()
         th.manual_seed(0)
-        proposed.append(model.policy.plan(th.zeros(1, 2)).std)
-    th.testing.assert_close(own[0], model.policy.sample_chunks(th.zeros(500, 2), deterministic=True))
-    assert own[1].std(0).mean() < 0.9 * own[2].std(0).mean()
-    assert proposed[0].equal(proposed[2]) and proposed[1].equal(proposed[2])
+        return alone, policy.plan(th.zeros(1, 2)).std.mean().item()
+
+    hot = spreads(sampling_temperature=1.0)
+    cold, still = spreads(sampling_temperature=0.5), spreads(sampling_temperature=0.0)
+    assert 0 == still[0] < cold[0] < 0.9 * hot[0]
+    assert still[1] == cold[1] == hot[1]  # the proposals have a temperature of their own
+    cold, still = spreads(proposal_temperature=0.5), spreads(proposal_temperature=0.0)
+    assert still[1] < 1e-6 < cold[1] < 0.9 * hot[1]
 
 
 def test_a_clone_acts_as_the_data_do_and_modip_colder_and_anew_at_each_step(tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ class CandidatePolicy(ChunkCriticPolicy):
         """One of the candidates, the best of fixed ones if deterministic; see :meth:`DiffusionPolicy.sample_chunks`."""
         if self.num_candidates == 1:
             return super().sample_chunks(condition, deterministic)
-        candidates = self.sample_candidates(condition, self.num_candidates, deterministic)
+        candidates = self.sample_candidates(condition, self.num_candidates, self.sampling_temperature, deterministic)
         return self._choose(candidates, condition, deterministic)
 
     def _choose(self, candidates: th.Tensor, condition: th.Tensor, deterministic: bool) -> th.Tensor:

@@ -54,7 +54,7 @@ class PARLPolicy(ImplicitCriticPolicy):
 
     def sample_chunks(self, condition: th.Tensor, deterministic: bool = False) -> th.Tensor:
         """One of the refined candidates; see :meth:`DiffusionPolicy.sample_chunks`."""
-        candidates = self.sample_candidates(condition, self.num_candidates, deterministic)
+        candidates = self.sample_candidates(condition, self.num_candidates, self.sampling_temperature, deterministic)
         return self._choose(self._refine(candidates, condition), condition, deterministic)
 
     def improve(self, condition: th.Tensor, chunks: th.Tensor) -> th.Tensor:
@@ -63,7 +63,7 @@ class PARLPolicy(ImplicitCriticPolicy):
         :param chunks: executed there ``(N, T, A)``
         :return: the best by the critics, of those and of the policy's own, after refinement ``(N, T, A)``
         """
-        candidates = self.sample_candidates(condition, self.num_candidates)
+        candidates = self.sample_candidates(condition, self.num_candidates, self.sampling_temperature)
         candidates = th.cat([candidates, chunks[:, None]], dim=1)
         return self._choose(self._refine(candidates, condition), condition, deterministic=True)
 
