@@ -24,7 +24,9 @@ from modip_sb3.acting import ActingMode
 from modip_sb3.evaluation import Evaluation, evaluate
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
-KITCHEN: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform"}  # as in zoo_configs/modip.yml
+# As in zoo_configs/modip.yml
+KITCHEN: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform", "distill_episodes": "better"}
+KITCHEN_POLICY: dict[str, Any] = {"action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3}
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed
 COUNTING = {"terminate_on_tasks_completed": True, "remove_task_when_completed": True}
 
@@ -46,18 +48,19 @@ def row_of(stage: str, result: Evaluation, env_steps: int, best: int) -> dict[st
 
 def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Clone, evaluate, fine-tune, evaluate: a row for each stage, as soon as it is there."""
+    is_kitchen = args.task == "kitchen"
     model = MODIP(
         "MlpPolicy",
         args.env,
         offline_dataset=args.dataset if args.obs_keys is None else {"dataset": args.dataset, "obs_keys": args.obs_keys},
         batch_size=128,
         train_freq=2,
-        policy_kwargs={"denoiser": "mlp"},
+        policy_kwargs={"denoiser": "mlp", **(KITCHEN_POLICY if is_kitchen else {})},
         seed=args.seed,
         tensorboard_log=str(args.output / "tensorboard"),
-        **(KITCHEN if args.task == "kitchen" else {}),
+        **(KITCHEN if is_kitchen else {}),
     )
-    best, env_kwargs = (4, COUNTING) if args.task == "kitchen" else (1, None)
+    best, env_kwargs = (4, COUNTING) if is_kitchen else (1, None)
     model.pretrain(args.pretrain, progress_bar=True)
     model.pretrain(args.clone, clone_only=True, progress_bar=True)
     model.save(args.output / "bc")
