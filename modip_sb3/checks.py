@@ -273,7 +273,9 @@ def _check_optimizer(optimizer_class: Any, optimizer_kwargs: Any) -> None:
     try:
         optimizer_class([parameter], lr=1e-3, **(optimizer_kwargs or {})).step()
         fault = "" if parameter.isfinite().all() else "one step leads to NaN or infinity"
-    except (TypeError, ValueError, RuntimeError) as error:
+    except TypeError:
+        fault = "one of them has the wrong type"
+    except (ValueError, RuntimeError) as error:
         fault = " ".join(str(error).rstrip(".").split())
     if fault:
         raise ValueError(
