@@ -292,20 +292,22 @@ def test_predict_plans_at_every_step(make_model: MakeModel) -> None:
 def test_temperatures_scale_the_spread_of_the_policy_alone_and_of_the_proposals(
     make_model: MakeModel, proposal: str
 ) -> None:
-    def spreads(**temperatures: float) -> tuple[float, float]:
+    def sample(**temperatures: float) -> tuple[th.Tensor, th.Tensor]:
         settings = {"proposal": proposal, "num_proposals": 500} | temperatures
         planner_kwargs = {"num_samples": 0, "num_elites": 500, "min_std": 0.0}
         policy = make_model(Walk(), policy_kwargs=settings, planner_kwargs=planner_kwargs).policy
-        alone = policy.sample_chunks(th.zeros(500, 2)).std(0).mean().item()
+        own = policy.sample_chunks(th.zeros(500, 2))
+        if policy.sampling_temperature == 0:
+            th.testing.assert_close(own, policy.sample_chunks(th.zeros(500, 2), deterministic=True))
         th.manual_seed(0)
-        return alone, policy.plan(th.zeros(1, 2)).std.mean().item()
+        return own.std(0).mean(), policy.plan(th.zeros(1, 2)).std
 
-    hot = spreads(sampling_temperature=1.0)
-    cold, still = spreads(sampling_temperature=0.5), spreads(sampling_temperature=0.0)
-    assert 0 == still[0] < cold[0] < 0.9 * hot[0]
-    assert still[1] == cold[1] == hot[1]  # the proposals have a temperature of their own
-    cold, still = spreads(proposal_temperature=0.5), spreads(proposal_temperature=0.0)
-    assert still[1] < 1e-6 < cold[1] < 0.9 * hot[1]
+    hot = sample(sampling_temperature=1.0)
+    cold, still = sample(sampling_temperature=0.5), sample(sampling_temperature=0.0)
+    assert cold[0] < 0.9 * hot[0]
+    assert still[1].equal(hot[1]) and cold[1].equal(hot[1])  # the proposals have a temperature of their own
+    cold, still = sample(proposal_temperature=0.5), sample(proposal_temperature=0.0)
+    assert still[1].mean() < 1e-6 < cold[1].mean() < 0.9 * hot[1].mean()
 
 
 def test_a_clone_acts_as_the_data_do_and_modip_colder_and_anew_at_each_step(tmp_path: Path) -> None:
