@@ -148,13 +148,14 @@ WORLD_MODEL = {
     "latent_dim": Setting(st.sampled_from([8, 16]), count(1, 1).bad | st.integers(1, 100).filter(lambda n: n % 8 != 0)),
     "n_critics": count(1, 3),
     "num_proposals": count(1, 4),
-    "proposal_temperature": at_least_zero(2),
     "inference": choice("policy", "planner"),
     "planner_kwargs": PLANNER_KWARGS,
 }
 CANDIDATES = DIFFUSION | {"n_critics": count(1, 3), "num_candidates": count(1, 4)}
 POLICY_KWARGS: dict[str, dict[str, Setting]] = {
-    "MODIP": DIFFUSION | WORLD_MODEL | {"horizon": count(1, 4), "terminal_value": choice("v", "q")},
+    "MODIP": DIFFUSION
+    | WORLD_MODEL
+    | {"horizon": count(1, 4), "terminal_value": choice("v", "q"), "proposal_temperature": at_least_zero(2)},
     "TDMPC2": POLICY
     | WORLD_MODEL
     | {
