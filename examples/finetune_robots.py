@@ -25,8 +25,12 @@ from modip_sb3.evaluation import Evaluation, evaluate
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
 # As in zoo_configs/modip.yml
-KITCHEN: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform", "distill_episodes": "better"}
-KITCHEN_POLICY: dict[str, Any] = {"action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3}
+SETTINGS: dict[str, Any] = {"train_freq": 2, "rollout_with": "auto", "distill_episodes": "better"}
+ARM = SETTINGS | {"policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto"}}
+KITCHEN = SETTINGS | {
+    "distill_weighting": "uniform",
+    "policy_kwargs": {"denoiser": "mlp", "action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3},
+}
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed
 COUNTING = {"terminate_on_tasks_completed": True, "remove_task_when_completed": True}
 
@@ -54,11 +58,9 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         args.env,
         offline_dataset=args.dataset if args.obs_keys is None else {"dataset": args.dataset, "obs_keys": args.obs_keys},
         batch_size=128,
-        train_freq=2,
-        policy_kwargs={"denoiser": "mlp", **(KITCHEN_POLICY if is_kitchen else {})},
         seed=args.seed,
         tensorboard_log=str(args.output / "tensorboard"),
-        **(KITCHEN if is_kitchen else {}),
+        **(KITCHEN if is_kitchen else ARM),
     )
     best, env_kwargs = (4, COUNTING) if is_kitchen else (1, None)
     model.pretrain(args.pretrain, progress_bar=True)
