@@ -25,7 +25,7 @@ from modip_sb3.evaluation import Evaluation, evaluate
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
 # As in zoo_configs/modip.yml
-SETTINGS: dict[str, Any] = {"train_freq": 2, "rollout_with": "auto", "distill_episodes": "better"}
+SETTINGS: dict[str, Any] = {"rollout_with": "auto", "distill_episodes": "better"}
 ARM = SETTINGS | {"policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto"}}
 KITCHEN = SETTINGS | {
     "distill_weighting": "uniform",
