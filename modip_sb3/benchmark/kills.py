@@ -169,7 +169,8 @@ def train(training: Training, shared: Any) -> None:
     Begin a training or go on with it, as a user's script does.
 
     :param training: what is trained, and where its files are
-    :param shared: updates and environment steps so far, and the index of what it is doing in :data:`MOMENTS`
+    :param shared: updates and environment steps so far, the index of what it is doing in :data:`MOMENTS`, and whether
+        it will be killed
     """
     th.set_num_threads(1)
     shared[1] = MOMENTS.index(LOADING)
@@ -190,6 +191,8 @@ def train(training: Training, shared: Any) -> None:
         model.pretrain(UPDATES, callback=callback)
     evaluation = _WatchedEvaluation(training.env, training.n_envs, shared)
     model.learn(STEPS, callback=[evaluation, callback], log_interval=1)
+    while shared[2]:  # however fast it was
+        time.sleep(0.001)
     result = training.folder / "unfinished.pt"
     th.save(contents(model), result)
     result.rename(training.folder / "result.pt")
@@ -201,7 +204,8 @@ def contents(model: Any) -> dict[str, Any]:
     :return: all arrays and numbers that decide what it does next, by name
     """
     found: dict[str, Any] = {}
-    parts = {"parameters": model.get_parameters(), "rng": rng_state()}  # optimisers' too
+    rng = rng_state() if model._beside is None else model._beside.rng  # the checkpoint's, if it was the last step's
+    parts = {"parameters": model.get_parameters(), "rng": rng}  # optimisers' too
     for name, value in vars(model).items():
         if isinstance(value, BaseBuffer | LabelBuffer) or name in ("_plan_tracker", "_trial"):
             parts[name] = vars(value)
@@ -234,7 +238,7 @@ def run(training: Training, moments: Sequence[str], rng: random.Random) -> None:
     context = multiprocessing.get_context("fork")  # the imports take longer than the training
     left = sorted(moments, key=lambda moment: (moment not in (LOADING, OFFLINE), rng.random()))
     while True:
-        shared = context.Array("q", [0, -1], lock=False)
+        shared = context.Array("q", [0, -1, bool(left)], lock=False)
         process = context.Process(target=work, args=(training, shared))
         process.start()
         how = SIGNALS[len(left) % 2]
@@ -252,17 +256,23 @@ def run(training: Training, moments: Sequence[str], rng: random.Random) -> None:
 
 
 def _kill(process: Any, moment: str, how: signal.Signals, shared: Any, rng: random.Random, num_left: int) -> str | None:
-    """Wait for a moment and kill the process; returns what it was in the middle of, or None if it ended before."""
+    """
+    Wait for a moment, or for the last one that is left, and kill the process.
+
+    :return: what it was in the middle of, or None if it failed
+    """
     start, end = (UPDATES, UPDATES + STEPS) if moment in (ONLINE, EVALUATING, WRITING) else (0, UPDATES)
     while process.is_alive() and (shared[1] == -1 or shared[0] < start):
         time.sleep(0.0005)
     begin = max(shared[0], start)
     target = begin + rng.random() * max(end - 1 - begin, 0) / num_left  # the others need their share
     while process.is_alive():
-        if moment == LOADING or (shared[0] >= target and MOMENTS[shared[1]] == moment):
+        came = moment == LOADING or (shared[0] >= target and MOMENTS[shared[1]] == moment)
+        if came or shared[0] >= end:
             time.sleep(rng.random() * (0.1 if moment == LOADING else 0.02))
-            os.kill(process.pid, how)
-            process.join()
+            while process.is_alive():
+                os.kill(process.pid, how)
+                process.join(10)  # Python drops a Ctrl-C that falls into a finaliser: press again
             expected = -signal.SIGKILL if how == signal.SIGKILL else INTERRUPTED
             return MOMENTS[shared[1]] if process.exitcode == expected else None
         time.sleep(0.0002)
