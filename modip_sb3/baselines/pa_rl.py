@@ -71,17 +71,16 @@ class PARLPolicy(ImplicitCriticPolicy):
         """The best of them, each at the best point of its way up the critics' mean ``(N, n, T, A) -> (N, k, T, A)``."""
         q_values = self._mean_q(candidates, condition)
         best = q_values.topk(min(self.num_refined, candidates.shape[1])).indices  # (N, k)
-        chunks = refined = th.take_along_dim(candidates, best[..., None, None], dim=1)
-        highest = th.take_along_dim(q_values, best, dim=1)
+        points, values = [th.take_along_dim(candidates, best[..., None, None], dim=1)], []
         for _ in range(self.num_gradient_steps):
             with th.enable_grad():
-                chunks = chunks.detach().requires_grad_()
-                (gradient,) = th.autograd.grad(self._mean_q(chunks, condition).sum(), chunks)
-            chunks = (chunks.detach() + self.step_size * gradient).clamp(-1, 1)
-            q_values = self._mean_q(chunks, condition)
-            refined = th.where((q_values > highest)[..., None, None], chunks, refined)
-            highest = th.maximum(highest, q_values)
-        return refined
+                point = points[-1].requires_grad_()
+                values.append(self._mean_q(point, condition))
+                (gradient,) = th.autograd.grad(values[-1].sum(), point)
+            points.append((point.detach() + self.step_size * gradient).clamp(-1, 1))
+        values.append(self._mean_q(points[-1], condition))
+        highest = th.stack(values).argmax(0)[None, ..., None, None]
+        return th.take_along_dim(th.stack(points), highest, dim=0)[0]
 
     def _mean_q(self, chunks: th.Tensor, condition: th.Tensor) -> th.Tensor:
         """Of the critics ``(N, n)``."""
