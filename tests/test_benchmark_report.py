@@ -18,7 +18,7 @@ from modip_sb3.benchmark.plan import plan
 from modip_sb3.benchmark.records import Key, Record, check_comparable, read_runs
 from modip_sb3.benchmark.report import Report
 from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, RunFolder, as_csv, read_rows
-from modip_sb3.benchmark.tables import make_curves
+from modip_sb3.benchmark.tables import describe_frequency, make_curves
 from modip_sb3.benchmark.worker import execute
 from modip_sb3.datasets import normalized_score
 
@@ -163,10 +163,33 @@ def test_what_fell_below_the_baseline() -> None:
     assert set(comparison.make_curves(found)) == {"a"}
 
 
-def make_record(env: str, algo: str, seed: int, returns: list[float], seconds: list[float]) -> Record:
-    curve = {"inference": "policy", "env_steps": [0, 20, 40], "wall_seconds": seconds, "return": returns}
+def make_record(env: str, algo: str, seed: int, returns: list[float], seconds: list[float], freq: int = 20) -> Record:
+    curve = {"inference": "policy", "env_steps": range(0, 41, freq), "wall_seconds": seconds, "return": returns}
     frame = pd.DataFrame(curve).assign(length=1, success=np.nan, score=np.nan)
-    return Record(Key(env, algo, seed), f"{env}/{algo}/seed-{seed}", {"dataset": None}, {}, {}, frame)
+    settings = {"dataset": None, "evaluation": {"freq": freq}}
+    return Record(Key(env, algo, seed), f"{env}/{algo}/seed-{seed}", settings, {}, {}, frame)
+
+
+def test_what_is_evaluated_less_often_is_compared_where_both_are() -> None:
+    records = [
+        make_record(env, algo, seed, returns, seconds, freq)
+        for env in ("x", "y")
+        for algo, returns, seconds, freq in (
+            ("sac", [1.0, 2.0, 3.0], [1.0, 2.0, 3.0], 20),
+            ("slow", [0.0, 9.0], [1.0, 9.0], 40),
+        )
+        for seed in (0, 1)
+    ]
+    entries = {env: ["sac", "slow"] for env in ("x", "y")}
+    found = comparison.compare(make_curves(records), entries, "sac", "return")
+    better = found[found["entry"] == "slow"].set_index(["env", "env_steps"])["better"]
+    assert better.to_dict() == {(env, step): step / 40 for env in ("x", "y", comparison.EVERYWHERE) for step in (0, 40)}
+    tables = comparison.make_tables(found, "sac")
+    assert "| slow | 0.0 ▼, P 0.00 [0.00, 0.00] |  | 9.0, × 3.00, P 1.00 [1.00, 1.00] |" in tables[1]
+    found = comparison.compare(make_curves(records), entries, "slow", "return")
+    assert set(found["env_steps"]) == {0, 40}
+    assert describe_frequency(records) == "20 steps (sac) or 40 steps (slow)"
+    assert describe_frequency(records[:2]) == "20 steps"
 
 
 def test_curves_over_wall_time_are_compared_at_the_same_time() -> None:
@@ -319,6 +342,10 @@ def test_nothing_finished(copied: Path) -> None:
     [
         ({"timesteps": 60}, "timesteps differs: 40 in .*; 60 in Pendulum-v1/sac/seed-1"),
         ({"evaluation": {"episodes": 3}}, "evaluation.episodes differs: 2 in .*; 3 in Pendulum-v1/sac/seed-1"),
+        (
+            {"evaluation": {"freq": 10}},
+            "evaluation.freq differs for sac: 20 in Pendulum-v1/sac/seed-0; 10 in Pendulum-v1/sac/seed-1",
+        ),
         (
             {"dataset": {"sha256": "b" * 64}},
             "dataset differs for Pendulum-v1: 'b{12}' in .*sac/seed-1; 'a{12}' in .*modip/seed-0, ",

@@ -1,4 +1,4 @@
-"""How the rows of a report compare with one of them, the baseline, at every evaluation."""
+"""How the rows of a report compare with one of them, the baseline, at every evaluation that they share."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,6 +28,8 @@ def compare(curves: pd.DataFrame, entries: Mapping[str, Sequence[str]], baseline
     rows = []
     for step, at_step in curves.groupby("env_steps"):
         scores = {env: _scores(at_step[at_step["env"] == env], names, measure) for env, names in entries.items()}
+        if not all(baseline in found for found in scores.values()):
+            continue
         for env, found in scores.items():
             reference = statistics.means({baseline: found[baseline]})[baseline]
             better = statistics.probabilities_of_improvement(found, baseline)
@@ -37,7 +39,7 @@ def compare(curves: pd.DataFrame, entries: Mapping[str, Sequence[str]], baseline
                 row = {"env": env, "entry": entry, "env_steps": step, "mean": mean, "ratio": ratio}
                 rows.append(row | {"below": bool(mean < reference.low)} | _as_columns(better.get(entry)))
         if len(entries) > 1:
-            everywhere = set.intersection(*map(set, entries.values()))
+            everywhere = set.intersection(*map(set, scores.values()))
             pooled = {
                 entry: np.concatenate([found[entry] for found in scores.values()], axis=1)
                 for entry in next(iter(entries.values()))
@@ -49,8 +51,9 @@ def compare(curves: pd.DataFrame, entries: Mapping[str, Sequence[str]], baseline
 
 
 def _scores(at_step: pd.DataFrame, entries: Sequence[str], measure: str) -> dict[str, np.ndarray]:
-    """Of each row in one environment ``(seeds, 1)``."""
-    return {entry: at_step.loc[at_step["entry"] == entry, [measure]].to_numpy() for entry in entries}
+    """Of each row that was evaluated then, in one environment ``(seeds, 1)``."""
+    evaluated = [entry for entry in entries if entry in set(at_step["entry"])]
+    return {entry: at_step.loc[at_step["entry"] == entry, [measure]].to_numpy() for entry in evaluated}
 
 
 def _as_columns(better: statistics.Estimate | None) -> dict[str, float]:
@@ -69,7 +72,8 @@ def make_tables(comparison: pd.DataFrame, baseline: str) -> list[str]:
     for env, in_env in comparison.groupby("env", sort=False):
         rows = []
         for entry, found in in_env.groupby("entry", sort=False):
-            cells = {f"{step:,} steps": _cell(row) for step, row in found.set_index("env_steps").iterrows()}
+            cells = {f"{step:,} steps": "" for step in sorted(in_env["env_steps"].unique())}
+            cells |= {f"{step:,} steps": _cell(row) for step, row in found.set_index("env_steps").iterrows()}
             rows.append({"algorithm": str(entry), **cells})
         sections += [f"### {'Over all environments' if env == EVERYWHERE else env}", tables.markdown(rows)]
     fallen = [

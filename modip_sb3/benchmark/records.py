@@ -177,10 +177,14 @@ def _curve(episodes: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
 def check_comparable(settings: Mapping[str, Mapping[str, Any]]) -> None:
     """
     :param settings: of each run, by the name of its folder
-    :raises ValueError: if budgets, evaluations or data differ, or the settings of one algorithm; it says where
+    :raises ValueError: if budgets, evaluations or data differ, or the settings of one algorithm; it says where. An
+        algorithm may be evaluated less often than another, such as one whose planner takes long
     """
-    protocol = {name: {"timesteps": s["timesteps"], "evaluation": s["evaluation"]} for name, s in settings.items()}
+    evaluation = {name: dict(s["evaluation"]) for name, s in settings.items()}
+    freq = {name: {"evaluation": {"freq": entry.pop("freq")}} for name, entry in evaluation.items()}
+    protocol = {name: {"timesteps": s["timesteps"], "evaluation": evaluation[name]} for name, s in settings.items()}
     faults = _mixtures(protocol, lambda name: "")
+    faults += _mixtures(freq, lambda name: settings[name]["algo"])
     data = {name: {"dataset": s["dataset"]["sha256"][:12]} for name, s in settings.items() if s["dataset"]}
     faults += _mixtures(data, lambda name: settings[name]["env"])
     task = {name: {"env_kwargs": s["hyperparameters"].get("env_kwargs")} for name, s in settings.items()}

@@ -99,7 +99,7 @@ class Report:
         evaluation = settings["evaluation"]
         lines = [
             f"- {settings['timesteps']:,} environment steps; evaluated before the first one (after the offline phase), "
-            f"then every {evaluation['freq']:,} steps and at the end",
+            f"then every {tables.describe_frequency(self.records)} and at the end",
             f"- {evaluation['episodes']} episodes each time, from the same first states (seed {evaluation['seed']}); "
             f"actions: {tables.describe_actions(self.records)}",
             f"- seeds {', '.join(map(str, self.seeds))}",
@@ -124,8 +124,9 @@ class Report:
             sections += [f"## {env}", tables.markdown(rows)]
         sections.append(
             "Mean ± standard deviation over the seeds, of each run's mean over its episodes. Best: the highest of a "
-            "run's evaluations, which flatters whoever varies most. IQM: interquartile mean of the final return over "
-            "the seeds, with its 95 % bootstrap interval. Normalised: D4RL's score, or the success rate in percent."
+            "run's evaluations, which flatters whoever varies most or is evaluated most often. IQM: interquartile mean "
+            "of the final return over the seeds, with its 95 % bootstrap interval. Normalised: D4RL's score, or the "
+            "success rate in percent."
         )
         return sections
 

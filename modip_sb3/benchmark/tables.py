@@ -87,6 +87,18 @@ def interval(estimate: Estimate, digits: int = 1) -> str:
     return f"{value} [{low}, {high}]"
 
 
+def describe_frequency(records: Sequence[Record]) -> str:
+    """
+    :param records: finished runs
+    :return: after how many steps they are evaluated, and which ones if not all alike
+    """
+    algos: dict[int, dict[str, None]] = {}
+    for record in records:
+        algos.setdefault(record.settings["evaluation"]["freq"], {})[record.key.algo] = None
+    phrases = [f"{freq:,} steps" + (f" ({', '.join(algos[freq])})" if len(algos) > 1 else "") for freq in sorted(algos)]
+    return " or ".join(phrases)
+
+
 def describe_actions(records: Sequence[Record]) -> str:
     """
     :param records: finished runs
