@@ -20,16 +20,15 @@ def compare(curves: pd.DataFrame, entries: Mapping[str, Sequence[str]], baseline
     :param entries: complete rows of each environment, the baseline among them
     :param baseline: row that the others are compared with
     :param measure: column that they are compared by, "score" or "return"
-    :return: for each environment, row and evaluation: the "mean" over the seeds, its "ratio" to the baseline's where
-        both are positive, whether it is "below" the low end of the baseline's 95 % interval, and how probably a run is
-        "better" than one of the baseline, with "better_low" and "better_high"; and the last three for all environments
-        together, for the rows that are complete in each
+    :return: for each environment, row and evaluation of the baseline: the "mean" over the seeds, its "ratio" to the
+        baseline's where both are positive, whether it is "below" the low end of the baseline's 95 % interval, and how
+        probably a run is "better" than one of the baseline, with "better_low" and "better_high"; and the last three for
+        all environments together, for the rows that are complete in each
     """
     rows = []
-    for step, at_step in curves.groupby("env_steps"):
+    shared = curves.loc[curves["entry"] == baseline, "env_steps"]
+    for step, at_step in curves[curves["env_steps"].isin(shared)].groupby("env_steps"):
         scores = {env: _scores(at_step[at_step["env"] == env], names, measure) for env, names in entries.items()}
-        if not all(baseline in found for found in scores.values()):
-            continue
         for env, found in scores.items():
             reference = statistics.means({baseline: found[baseline]})[baseline]
             better = statistics.probabilities_of_improvement(found, baseline)

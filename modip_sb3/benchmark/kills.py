@@ -149,28 +149,29 @@ class _WatchedEvaluation(EvalCallback):
         return True
 
 
-def work(training: Training, shared: Any) -> None:
+def work(training: Training, shared: Any, doomed: bool) -> None:
     """
     The whole of a process.
 
     :param training: what is trained
     :param shared: as for :func:`train`
+    :param doomed: as for :func:`train`
     :raises SystemExit: after a Ctrl-C
     """
     try:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        train(training, shared)
+        train(training, shared, doomed)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
 
 
-def train(training: Training, shared: Any) -> None:
+def train(training: Training, shared: Any, doomed: bool) -> None:
     """
     Begin a training or go on with it, as a user's script does.
 
     :param training: what is trained, and where its files are
-    :param shared: updates and environment steps so far, the index of what it is doing in :data:`MOMENTS`, and whether
-        it will be killed
+    :param shared: updates and environment steps so far, and the index of what it is doing in :data:`MOMENTS`
+    :param doomed: whether it will be killed, however fast it is
     """
     th.set_num_threads(1)
     shared[1] = MOMENTS.index(LOADING)
@@ -191,8 +192,8 @@ def train(training: Training, shared: Any) -> None:
         model.pretrain(UPDATES, callback=callback)
     evaluation = _WatchedEvaluation(training.env, training.n_envs, shared)
     model.learn(STEPS, callback=[evaluation, callback], log_interval=1)
-    while shared[2]:  # however fast it was
-        time.sleep(0.001)
+    while doomed:
+        signal.pause()
     result = training.folder / "unfinished.pt"
     th.save(contents(model), result)
     result.rename(training.folder / "result.pt")
@@ -238,8 +239,8 @@ def run(training: Training, moments: Sequence[str], rng: random.Random) -> None:
     context = multiprocessing.get_context("fork")  # the imports take longer than the training
     left = sorted(moments, key=lambda moment: (moment not in (LOADING, OFFLINE), rng.random()))
     while True:
-        shared = context.Array("q", [0, -1, bool(left)], lock=False)
-        process = context.Process(target=work, args=(training, shared))
+        shared = context.Array("q", [0, -1], lock=False)
+        process = context.Process(target=work, args=(training, shared, bool(left)))
         process.start()
         how = SIGNALS[len(left) % 2]
         found = _kill(process, left[0], how, shared, rng, len(left)) if left else None

@@ -180,9 +180,8 @@ def check_comparable(settings: Mapping[str, Mapping[str, Any]]) -> None:
     :raises ValueError: if budgets, evaluations or data differ, or the settings of one algorithm; it says where. An
         algorithm may be evaluated less often than another, such as one whose planner takes long
     """
-    evaluation = {name: dict(s["evaluation"]) for name, s in settings.items()}
-    freq = {name: {"evaluation": {"freq": entry.pop("freq")}} for name, entry in evaluation.items()}
-    protocol = {name: {"timesteps": s["timesteps"], "evaluation": evaluation[name]} for name, s in settings.items()}
+    protocol = {name: flatten({key: s[key] for key in ("timesteps", "evaluation")}) for name, s in settings.items()}
+    freq = {name: {"evaluation.freq": entries.pop("evaluation.freq")} for name, entries in protocol.items()}
     faults = _mixtures(protocol, lambda name: "")
     faults += _mixtures(freq, lambda name: settings[name]["algo"])
     data = {name: {"dataset": s["dataset"]["sha256"][:12]} for name, s in settings.items() if s["dataset"]}
