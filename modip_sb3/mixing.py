@@ -28,19 +28,29 @@ def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     return (cumulative[worse] + cumulative[not_better]) / 2
 
 
-def offline_share(ratings: np.ndarray, steps: np.ndarray, offline_steps: int) -> float:
+def offline_share(ratings: np.ndarray, steps: np.ndarray) -> float:
     """
-    How much of a batch is offline data: the odds are those of the episode of a random offline step being better than
-    that of a random online step, and lower by as much as there is less data than experience; 1 before there is any.
+    The probability that the episode of a random offline step is better than that of a random online step; 1 before
+    there is experience.
 
     :param ratings: what :func:`rate_episodes` returned ``(F,)``
     :param steps: of the same episodes, or less where an episode is drawn less often ``(F,)``
-    :param offline_steps: how many there are
     :return: between 0 and 1
     """
-    better = (PRIOR_STEPS + steps @ (1 - ratings)) / (PRIOR_STEPS + steps.sum())
-    weight = better * min(1.0, offline_steps / max(1.0, steps.sum()))
-    return float(weight / (weight + 1 - better))
+    return float((PRIOR_STEPS + steps @ (1 - ratings)) / (PRIOR_STEPS + steps.sum()))
+
+
+def pooled_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int) -> float:
+    """
+    The share of the offline data if every step of either is drawn in proportion to the rating of its episode, which is
+    1/2 on average for the offline ones.
+
+    :param ratings: what :func:`rate_episodes` returned ``(F,)``
+    :param lengths: of the same episodes ``(F,)``
+    :param offline_steps: how many there are
+    :return: between 0 and 1; 1 before there is an episode that beats any
+    """
+    return float(offline_steps / (offline_steps + 2 * lengths @ ratings))
 
 
 def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:
