@@ -28,29 +28,22 @@ def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     return (cumulative[worse] + cumulative[not_better]) / 2
 
 
-def offline_share(ratings: np.ndarray, steps: np.ndarray) -> float:
+def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int, by_rating: bool = False) -> float:
     """
-    The probability that the episode of a random offline step is better than that of a random online step; 1 before
-    there is experience.
-
-    :param ratings: what :func:`rate_episodes` returned ``(F,)``
-    :param steps: of the same episodes, or less where an episode is drawn less often ``(F,)``
-    :return: between 0 and 1
-    """
-    return float((PRIOR_STEPS + steps @ (1 - ratings)) / (PRIOR_STEPS + steps.sum()))
-
-
-def pooled_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int) -> float:
-    """
-    The share of the offline data if every step of either is drawn in proportion to the rating of its episode, which is
-    1/2 on average for the offline ones.
+    The share of offline steps in a batch. Its odds are those of the episode of a random offline step being better than
+    that of a random online step, and are lower by as much as there is less data than experience that is as good.
 
     :param ratings: what :func:`rate_episodes` returned ``(F,)``
     :param lengths: of the same episodes ``(F,)``
     :param offline_steps: how many there are
-    :return: between 0 and 1; 1 before there is an episode that beats any
+    :param by_rating: whether an online step is drawn in proportion to the rating of its episode
+    :return: between 0 and 1; 1 before there is experience
     """
-    return float(offline_steps / (offline_steps + 2 * lengths @ ratings))
+    drawn = lengths * ratings if by_rating else lengths
+    prior = min(PRIOR_STEPS, offline_steps)
+    better = (prior + drawn @ (1 - ratings)) / (prior + drawn.sum())
+    scarcity = min(1.0, offline_steps / 2 / max(1.0, lengths @ ratings))  # an offline step's mean rating is 1/2
+    return float(better * scarcity / (better * scarcity + 1 - better))
 
 
 def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:

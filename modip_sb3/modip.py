@@ -17,7 +17,7 @@ from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, 
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.mixing import advantage_weights, offline_share, pooled_share, rate_episodes
+from modip_sb3.mixing import advantage_weights, offline_share, rate_episodes
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.policies import MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -84,7 +84,7 @@ class MODIP(DiffusionAlgorithm):
     :param distill_batch_size: chunks in those batches, of which the weights let a part count; with 64 the policy alone
         fell at first on HalfCheetah
     :param distill_offline_fraction: share of offline chunks in those batches; "auto" lowers it as the episodes of
-        ``learn()`` become better than those of the data, see :func:`~modip_sb3.mixing.offline_share`
+        ``learn()`` become better, or more, than those of the data, see :func:`~modip_sb3.mixing.offline_share`
     :param distill_episodes: "all" draws the other chunks from all of ``learn()``; "better" from each episode in
         proportion to the share of the data that it beats: where rewards are sparse, failures are most of the steps
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
@@ -346,8 +346,7 @@ class MODIP(DiffusionAlgorithm):
         ratings = rate_episodes(offline, self._offline_shares, online)
         if fraction == "auto":
             num_offline = sum(int(source.lengths.sum()) for source in offline)
-            lengths = online.lengths
-            fraction = pooled_share(ratings, lengths, num_offline) if better else offline_share(ratings, lengths)
+            fraction = offline_share(ratings, online.lengths, num_offline, better)
             self.logger.record("train/offline_share", fraction)
         sample_online = partial(replay.sample_episodes, ratings) if better and ratings.any() else None
         return self._sample_batch(batch_size, length, fraction, sample_online)

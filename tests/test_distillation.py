@@ -25,7 +25,7 @@ def episodes(*pairs: tuple[float, int]) -> Episodes:
 
 def test_share_before_experience() -> None:
     ratings = rate_episodes([episodes((5.0, 10))], [1.0], episodes())
-    assert ratings.shape == (0,) and offline_share(ratings, np.zeros(0)) == 1
+    assert ratings.shape == (0,) and offline_share(ratings, np.zeros(0), 10) == 1
 
 
 def test_ratings_count_steps_and_half_of_the_ties() -> None:
@@ -41,7 +41,28 @@ def test_ratings_follow_the_sources_weights() -> None:
 
 @pytest.mark.parametrize(("rating", "expected"), [(0.0, 1.0), (0.5, 0.75), (1.0, 0.5)])
 def test_share_of_equal_episodes(rating: float, expected: float) -> None:
-    assert offline_share(np.full(4, rating), np.full(4, PRIOR_STEPS / 4)) == pytest.approx(expected)
+    assert offline_share(np.full(4, rating), np.full(4, PRIOR_STEPS / 4), 2 * PRIOR_STEPS) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("by_rating", [False, True])
+def test_demonstrations_are_outnumbered_by_experience_as_good(by_rating: bool) -> None:
+    ratings, lengths = np.array([0.5, 0.0]), np.array([100 * PRIOR_STEPS, 0])  # successes like theirs
+    share = offline_share(ratings, lengths, PRIOR_STEPS, by_rating)
+    assert share == pytest.approx(0.01, rel=0.05)  # one of a hundred
+    failures = np.array([100 * PRIOR_STEPS, 400 * PRIOR_STEPS])
+    with_failures = offline_share(ratings, failures, PRIOR_STEPS, by_rating)
+    assert with_failures == share if by_rating else with_failures > 5 * share
+
+
+def test_much_data_is_not_cloned_more_for_being_much() -> None:
+    ratings, lengths = np.array([0.9]), np.array([PRIOR_STEPS])
+    shares = [offline_share(ratings, lengths, times * PRIOR_STEPS) for times in (2, 3, 1000)]
+    assert shares == [pytest.approx(0.55)] * 3
+
+
+@pytest.mark.parametrize("by_rating", [False, True])
+def test_failures_alone_are_not_cloned(by_rating: bool) -> None:
+    assert offline_share(np.zeros(3), np.full(3, 400), 300, by_rating) == 1
 
 
 @pytest.mark.parametrize("better", [True, False])
@@ -58,7 +79,8 @@ def test_share_is_the_probability_of_drawn_steps(better: bool) -> None:
     drawn = rng.choice(online.returns, len(offline), p=steps / steps.sum())
     probability = (offline > drawn).mean() + (offline == drawn).mean() / 2
     expected = (PRIOR_STEPS + steps.sum() * probability) / (PRIOR_STEPS + steps.sum())
-    assert offline_share(ratings, steps) == pytest.approx(expected, abs=0.01)
+    share = offline_share(ratings, online.lengths, 10**6, by_rating=better)
+    assert share == pytest.approx(expected, abs=0.01)
 
 
 def add(buffer: SequenceReplayBuffer, rewards: list[float], dones: list[int]) -> None:
