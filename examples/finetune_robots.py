@@ -27,8 +27,9 @@ STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"),
 # As in zoo_configs/modip.yml
 SETTINGS: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform", "distill_episodes": "better"}
 ARM = SETTINGS | {"policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto"}}
-CHUNKS = {"action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3}
-KITCHEN = SETTINGS | {"policy_kwargs": {"denoiser": "mlp"} | CHUNKS}
+KITCHEN = SETTINGS | {
+    "policy_kwargs": {"denoiser": "mlp", "action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3},
+}
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed
 COUNTING = {"terminate_on_tasks_completed": True, "remove_task_when_completed": True}
 

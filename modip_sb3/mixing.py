@@ -28,7 +28,7 @@ def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     return (cumulative[worse] + cumulative[not_better]) / 2
 
 
-def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int, by_rating: bool = False) -> float:
+def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int, by_rating: bool) -> float:
     """
     The share of offline steps in a batch. Its odds are those of the episode of a random offline step being better than
     that of a random online step, and are lower by as much as there is less data than experience that is as good.
@@ -43,7 +43,8 @@ def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int, 
     prior = min(PRIOR_STEPS, offline_steps)
     better = (prior + drawn @ (1 - ratings)) / (prior + drawn.sum())
     scarcity = min(1.0, offline_steps / 2 / max(1.0, lengths @ ratings))  # an offline step's mean rating is 1/2
-    return float(better * scarcity / (better * scarcity + 1 - better))
+    weight = better * scarcity
+    return float(weight / (weight + 1 - better))
 
 
 def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:

@@ -345,8 +345,8 @@ class MODIP(DiffusionAlgorithm):
         online, offline = replay.episodes(), [buffer.episodes() for buffer in self._offline_buffers]
         ratings = rate_episodes(offline, self._offline_shares, online)
         if fraction == "auto":
-            num_offline = sum(int(source.lengths.sum()) for source in offline)
-            fraction = offline_share(ratings, online.lengths, num_offline, better)
+            offline_steps = sum(buffer.size() for buffer in self._offline_buffers)
+            fraction = offline_share(ratings, online.lengths, offline_steps, by_rating=better)
             self.logger.record("train/offline_share", fraction)
         sample_online = partial(replay.sample_episodes, ratings) if better and ratings.any() else None
         return self._sample_batch(batch_size, length, fraction, sample_online)

@@ -25,7 +25,7 @@ def episodes(*pairs: tuple[float, int]) -> Episodes:
 
 def test_share_before_experience() -> None:
     ratings = rate_episodes([episodes((5.0, 10))], [1.0], episodes())
-    assert ratings.shape == (0,) and offline_share(ratings, np.zeros(0), 10) == 1
+    assert ratings.shape == (0,) and offline_share(ratings, np.zeros(0), 10, by_rating=False) == 1
 
 
 def test_ratings_count_steps_and_half_of_the_ties() -> None:
@@ -41,7 +41,8 @@ def test_ratings_follow_the_sources_weights() -> None:
 
 @pytest.mark.parametrize(("rating", "expected"), [(0.0, 1.0), (0.5, 0.75), (1.0, 0.5)])
 def test_share_of_equal_episodes(rating: float, expected: float) -> None:
-    assert offline_share(np.full(4, rating), np.full(4, PRIOR_STEPS / 4), 2 * PRIOR_STEPS) == pytest.approx(expected)
+    share = offline_share(np.full(4, rating), np.full(4, PRIOR_STEPS / 4), 2 * PRIOR_STEPS, by_rating=False)
+    assert share == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("by_rating", [False, True])
@@ -56,7 +57,7 @@ def test_demonstrations_are_outnumbered_by_experience_as_good(by_rating: bool) -
 
 def test_much_data_is_not_cloned_more_for_being_much() -> None:
     ratings, lengths = np.array([0.9]), np.array([PRIOR_STEPS])
-    shares = [offline_share(ratings, lengths, times * PRIOR_STEPS) for times in (2, 3, 1000)]
+    shares = [offline_share(ratings, lengths, times * PRIOR_STEPS, False) for times in (2, 3, 1000)]
     assert shares == [pytest.approx(0.55)] * 3
 
 
