@@ -17,7 +17,8 @@ MODIP = [
         SHORT,
     )
 ]
-PARAMS = {"sac": SAC, "modip": MODIP}
+BC = ["diffusion_bc.pretrain_steps:2", "diffusion_bc.policy_kwargs:{denoiser: mlp}"]
+PARAMS = {"sac": SAC, "modip": MODIP, "diffusion_bc": BC}
 
 
 def command(

@@ -346,6 +346,18 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FragileWalk, "made", 0)
 
 
+def test_a_clone_is_evaluated_once(tmp_path: Path) -> None:
+    data = tmp_path / "walk.hdf5"
+    save_d4rl(OfflineDataset.from_arrays(**record_walk()), data)
+    _, *rest = fragile(tmp_path, "diffusion_bc")
+    (folder,) = planned(["run", "--offline-dataset", str(data), *rest, "--timesteps", "50"])
+    execute(folder.path, 1)
+    rows = read_rows(folder.path / "evaluations.csv")
+    scored = [tuple(row[name] for name in ("episode", "return", "length", "success")) for row in rows]
+    assert [row["env_steps"] for row in rows] == ["0", "0", "20", "20", "40", "40", "50", "50"]
+    assert scored == 4 * scored[:2] and folder.read_status()["state"] == "finished"
+
+
 @pytest.mark.parametrize(("algo", "params"), [("sac", ["sac.normalize:True"]), ("modip", [])])
 def test_a_failed_run_goes_on_from_its_last_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, algo: str, params: list[str]

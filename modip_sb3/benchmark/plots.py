@@ -54,7 +54,8 @@ def plot_curves(
     figure, grid = _pyplot().subplots(1, len(curves), figsize=(1.5 + 5 * len(curves), 4), squeeze=False)
     for axes, (env, rows) in zip(grid[0], curves.items(), strict=True):
         for entry, (x, estimate) in rows.items():
-            axes.plot(x, estimate.value, color=colors[entry], label=entry)
+            marker = "o" if np.ptp(x) == 0 else None  # a clone, over wall time
+            axes.plot(x, estimate.value, color=colors[entry], label=entry, marker=marker)
             axes.fill_between(x, estimate.low, estimate.high, color=colors[entry], alpha=0.2, linewidth=0)
         axes.set(title=env, xlabel=xlabel, ylabel=ylabels[env])
         axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 
 from modip_sb3.acting import ActingMode
+from modip_sb3.baselines import DiffusionBC
 from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder
 from modip_sb3.checkpoint import isolated_rng, save_state
 from modip_sb3.evaluation import evaluate
@@ -47,7 +48,8 @@ class Totals:
 class Recorder(BaseCallback):
     """
     Evaluates and checkpoints before the first environment step (after the offline phase), then every ``freq`` steps,
-    and at the end; always between two rollouts, when everything collected is stored and learned from.
+    and at the end; always between two rollouts, when everything collected is stored and learned from. A clone, which
+    learns nothing online, is evaluated once, before its first step, and this evaluation stands for all others.
 
     :param run: the run's folder
     :param settings: of the run
@@ -74,14 +76,27 @@ class Recorder(BaseCallback):
             self.record()
 
     def _on_step(self) -> bool:
+        if isinstance(self.model, DiffusionBC):
+            return False
         if time.perf_counter() - self.status_time > STATUS_INTERVAL:
             self._stop_watch()
             self._report()
         return True
 
     def _on_training_end(self) -> None:
-        if self.num_timesteps > self.last_evaluation:
+        if isinstance(self.model, DiffusionBC):
+            self._repeat_evaluation()
+        elif self.num_timesteps > self.last_evaluation:
             self.record()
+
+    def _repeat_evaluation(self) -> None:
+        """The last evaluation stands for all later ones."""
+        timesteps, freq = self.settings["timesteps"], self.settings["evaluation"]["freq"]
+        last = [row for row in self.rows if int(row["env_steps"]) == self.last_evaluation]
+        for due in [*range(freq, timesteps, freq), timesteps]:
+            if due > self.last_evaluation:
+                self.rows += [row | {"env_steps": due} for row in last]
+        self.run.write_evaluations(self.rows)
 
     def _start_watch(self) -> None:
         self.since, self.cpu_since = time.perf_counter(), time.process_time()
