@@ -376,6 +376,26 @@ def test_what_must_not_be_mixed(change: dict[str, Any], sentence: str) -> None:
         check_comparable(settings)
 
 
+def test_what_longer_runs_reached_earlier(benchmark: Path) -> None:
+    cut, whole = Report(*read_runs(benchmark, 20)), Report(*read_runs(benchmark))
+    for entry, algo, inference in (("sac", "sac", "policy"), ("modip (planner)", "modip", "planner")):
+        found = cut.results.set_index("entry").loc[entry].sort_values("seed")
+        np.testing.assert_allclose(found["final_return"], finals(benchmark, algo, inference, "20"))
+    assert cut.protocol()[0].startswith("- 20 environment steps") and set(cut.curves["env_steps"]) == {0, 20}
+    costs, expected = ("\n\n".join(report.costs()) for report in (cut, whole))
+    assert cells(expected, "Cost", "modip")["memory, MB"] and "memory, MB" not in cells(costs, "Cost", "modip")
+    seconds = whole.curves.set_index(["algo", "env_steps"]).loc[("modip", 20), "wall_seconds"]
+    assert cells(costs, "Cost", "modip")["wall time, min"] == f"{seconds.mean() / 60:,.1f}"
+
+
+@pytest.mark.parametrize("timesteps", [0, 30, 60])
+def test_what_was_not_evaluated_is_not_reported(benchmark: Path, timesteps: int) -> None:
+    assert run("report", str(benchmark), "--timesteps", str(timesteps)) == (
+        f"{NAME}/modip/seed-0 has 40 steps and is evaluated every 20, not at {timesteps}: choose another "
+        "--timesteps, or leave it out."
+    )
+
+
 def test_unequal_budgets_are_refused(copied: Path, tmp_path: Path) -> None:
     (longer,) = plan(make_parser().parse_args(command(tmp_path / "longer", "sac", seeds=(2,), timesteps=60)))
     shutil.copytree(longer.path, copied / NAME / "sac" / "seed-2")
@@ -383,6 +403,16 @@ def test_unequal_budgets_are_refused(copied: Path, tmp_path: Path) -> None:
     assert isinstance(found, str) and not (copied / "report").exists()
     four = f"{NAME}/modip/seed-0, {NAME}/modip/seed-1, {NAME}/sac/seed-0 and 1 more"
     assert f"  timesteps differs: 40 in {four}; 60 in {NAME}/sac/seed-2" in found
+
+
+def test_unequal_budgets_of_two_algorithms_are_cut_to_one(benchmark: Path, tmp_path: Path) -> None:
+    output = Path(shutil.copytree(benchmark / NAME / "modip", tmp_path / "runs" / NAME / "modip")).parents[1]
+    for longer in plan(make_parser().parse_args(command(output, "sac", seeds=(0, 1), timesteps=60))):
+        execute(longer.path, 1)
+    assert "timesteps differs: 40 in" in str(run("report", str(output)))
+    records, gaps = read_runs(output, 40)
+    assert not gaps and {record.settings["timesteps"] for record in records} == {40}
+    assert set(make_curves(records)["env_steps"]) == {0, 20, 40}
 
 
 def test_faults_of_the_command(copied: Path, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ def _add_report(commands: Any) -> None:
         metavar="ROW",
         help="whom every other row is compared with: diffusion_bc, 'modip (policy)' ...",
     )
+    report.add_argument("--timesteps", type=int, help="compare after so many environment steps, of longer runs too")
 
 
 def _add_speed(commands: Any) -> None:
@@ -145,7 +146,7 @@ def write_report(args: argparse.Namespace) -> int:
     """
     from modip_sb3.benchmark.report import write
 
-    write(args.runs, args.out or args.runs / "report", args.baseline)
+    write(args.runs, args.out or args.runs / "report", args.baseline, args.timesteps)
     return 0
 
 

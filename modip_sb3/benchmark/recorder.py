@@ -49,7 +49,7 @@ class Recorder(BaseCallback):
     """
     Evaluates and checkpoints before the first environment step (after the offline phase), then every ``freq`` steps,
     and at the end; always between two rollouts, when everything collected is stored and learned from. A clone, which
-    learns nothing online, is evaluated once, before its first step, and this evaluation stands for all others.
+    learns nothing online, is evaluated once, before its first step: with the same seeds all others would be the same.
 
     :param run: the run's folder
     :param settings: of the run

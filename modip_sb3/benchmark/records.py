@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,12 +47,14 @@ class CorruptRun(ValueError):
     """A folder that does not hold what a run writes."""
 
 
-def read_runs(output: Path) -> tuple[list[Record], dict[Key, str]]:
+def read_runs(output: Path, timesteps: int | None = None) -> tuple[list[Record], dict[Key, str]]:
     """
     :param output: folder of a benchmark
+    :param timesteps: what to read of longer runs; all of them by default
     :return: the finished runs, and for every other combination of the environments, algorithms and seeds that were
         found the reason why it is missing
-    :raises ValueError: if there is no run, or if the runs that can be read cannot be compared
+    :raises ValueError: if there is no run, if one was not evaluated after so many steps, or if the runs that can be
+        read cannot be compared
     """
     found = output.glob("*/*/seed-*")
     folders = sorted(path for path in found if path.is_dir() and path.name.removeprefix("seed-").isdigit())
@@ -73,6 +75,9 @@ def read_runs(output: Path) -> tuple[list[Record], dict[Key, str]]:
                 gaps[_key(folder)] = reason
         except CorruptRun as error:
             gaps[_key(folder)] = f"corrupt folder: {error}"
+    if timesteps is not None:
+        settings = {name: _cut_settings(name, entries, timesteps) for name, entries in settings.items()}
+        records = [_cut(record, settings[record.name]) for record in records]
     check_comparable(settings)
     gaps = {key._replace(env=env_ids.get(key.env, key.env)): reason for key, reason in gaps.items()}
     known = [record.key for record in records] + list(gaps)
@@ -169,6 +174,30 @@ def _curve(episodes: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
     else:
         curve["score"] = 100 * curve["success"]
     return curve
+
+
+# --------------------------------------------------------------------- cutting
+
+
+def _cut_settings(name: str, settings: dict[str, Any], timesteps: int) -> dict[str, Any]:
+    budget, freq = settings["timesteps"], settings["evaluation"]["freq"]
+    if timesteps != budget and timesteps not in range(freq, budget, freq):
+        raise ValueError(
+            f"{name} has {budget:,} steps and is evaluated every {freq:,}, not at {timesteps:,}: choose another "
+            "--timesteps, or leave it out."
+        )
+    return settings | {"timesteps": timesteps}
+
+
+def _cut(record: Record, settings: dict[str, Any]) -> Record:
+    """A run as if it had ended earlier; what only its end tells of its costs is not known."""
+    if settings["timesteps"] == record.settings["timesteps"]:
+        return record
+    curve = record.curve[record.curve["env_steps"] <= settings["timesteps"]]
+    whole = {"cpu_seconds", "evaluation_seconds", "peak_memory_mb"}
+    status = {name: value for name, value in record.status.items() if name not in whole}
+    status["train_seconds"] = float(curve["wall_seconds"].max())
+    return replace(record, settings=settings, status=status, curve=curve)
 
 
 # ------------------------------------------------------------------- comparing

@@ -21,7 +21,7 @@ FIGURES = ("curves_steps", "curves_wall", "iqm", "profiles", "improvement")
 MEASURES = {"score": "normalised score", "return": "return"}
 
 
-def write(output: Path, folder: Path, baselines: Sequence[str] = ()) -> None:
+def write(output: Path, folder: Path, baselines: Sequence[str] = (), timesteps: int | None = None) -> None:
     """
     Write ``report.md``, its figures, ``runs.csv``, ``curves.csv``, ``aggregates.csv`` and ``comparison.csv``.
 
@@ -29,9 +29,10 @@ def write(output: Path, folder: Path, baselines: Sequence[str] = ()) -> None:
     :param folder: of the report
     :param baselines: rows that every other one is compared with, such as "sac" or "modip (policy)"; the first row by
         default
+    :param timesteps: what to compare of longer runs; all of them by default
     :raises ValueError: if the runs cannot be compared, or there is no such row
     """
-    records, gaps = read_runs(output)
+    records, gaps = read_runs(output, timesteps)
     report = Report(records, gaps)
     for baseline in baselines:
         if baseline not in report.complete:
