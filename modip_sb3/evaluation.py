@@ -1,8 +1,10 @@
 """Evaluation with fixed seeds, of the diffusion policy alone and with the planner."""
 
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, SupportsFloat
 
+import gymnasium as gym
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.env_util import make_vec_env
@@ -72,7 +74,9 @@ def evaluate(
     previous = getattr(model, "inference", None)
     if previous is None and inference != "policy":
         raise ValueError(f"inference={inference!r}, but {type(model).__name__} has a policy alone; pass 'policy'.")
-    env: VecEnv = make_vec_env(env_id, n_envs=min(n_envs, n_episodes), seed=seed, env_kwargs=env_kwargs)
+    n_envs = min(n_envs, n_episodes)
+    share = partial(_Share, num_episodes=-(-n_episodes // n_envs))
+    env: VecEnv = make_vec_env(env_id, n_envs, seed, env_kwargs=env_kwargs, wrapper_class=share)
     statistics = model.get_vec_normalize_env()
     if statistics is not None and statistics.norm_obs:
         env = VecNormalize(env, training=False, norm_reward=False, norm_obs_keys=statistics.norm_obs_keys)
@@ -98,6 +102,24 @@ def evaluate(
         _set_inference(model, previous)
         env.close()
     return Evaluation(inference, np.asarray(returns), np.asarray(lengths), np.array(successes) if successes else None)
+
+
+class _Share(gym.Wrapper[Any, Any, Any, Any]):
+    """Rests after its share of the episodes, while ``evaluate_policy`` goes on stepping all environments."""
+
+    def __init__(self, env: gym.Env[Any, Any], num_episodes: int) -> None:
+        super().__init__(env)
+        self.num_left, self.last = num_episodes, None
+
+    def reset(self, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+        return super().reset(**kwargs) if self.num_left > 0 else (self.last, {})
+
+    def step(self, action: Any) -> tuple[Any, SupportsFloat, bool, bool, dict[str, Any]]:
+        if self.num_left == 0:
+            return self.last, 0.0, False, False, {}
+        self.last, reward, terminated, truncated, info = super().step(action)
+        self.num_left -= terminated or truncated
+        return self.last, reward, terminated, truncated, info
 
 
 def _set_inference(model: Any, inference: ActingMode | None) -> None:

@@ -1,7 +1,9 @@
 """Evaluations can be repeated, count their episodes, and leave the model as it was."""
 
 from collections.abc import Callable
+from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -9,6 +11,7 @@ from stable_baselines3 import SAC
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecNormalize
+from walk import Walk
 
 from modip_sb3 import MODIP
 from modip_sb3.evaluation import Evaluation, evaluate
@@ -39,6 +42,32 @@ def test_number_of_episodes(make_model: MakeModel, n_episodes: int, n_envs: int)
     assert result.lengths.tolist() == [8] * n_episodes
     assert result.inference == "policy"
     assert len(set(result.returns)) == n_episodes
+
+
+class CountedWalk(Walk):
+    """Counts the steps of all its instances."""
+
+    metadata = {"render_modes": ["rgb_array"]}
+    num_steps = 0
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict]:
+        CountedWalk.num_steps += 1
+        return super().step(action)
+
+
+gym.register("modip-test/counted-walk-v0", CountedWalk)
+
+
+def test_environments_rest_after_their_share(make_model: MakeModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CountedWalk, "num_steps", 0)
+    model = make_model(CountedWalk())
+    plain = make_vec_env(CountedWalk, 3, seed=1000)
+    expected = evaluate_policy(model, plain, 12, deterministic=True, return_episode_rewards=True)
+    assert CountedWalk.num_steps > sum(expected[1])
+    CountedWalk.num_steps = 0
+    result = evaluate(model, "modip-test/counted-walk-v0", 12, deterministic=True, n_envs=3)
+    assert CountedWalk.num_steps == result.lengths.sum()
+    np.testing.assert_allclose((result.returns, result.lengths), expected, rtol=1e-6)
 
 
 def test_mean_and_standard_error() -> None:
