@@ -7,6 +7,7 @@ import pytest
 import torch as th
 from algorithms import make
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import LinearSchedule
 from walk import Walk, record_walk, vec_walk
 
 from modip_sb3.baselines import DPPO
@@ -108,6 +109,19 @@ def test_early_steps_are_clipped_earlier() -> None:
         parameter.data += 1e-3
     fraction = model._update_chains(chain, condition, th.randn(32))["clip_fraction"].item()
     assert 1 / 3 <= fraction < 1
+
+
+def test_the_clip_range_may_be_a_schedule() -> None:
+    model = make("DPPO", clip_range=LinearSchedule(100.0, 0.0, 1.0), clip_range_base=0.0, policy_kwargs=ACTOR)
+    begin(model, 0.0)
+    chain, condition = chain_of(model, 32)
+    for parameter in model.policy.actor.parameters():
+        parameter.data += 1e-3
+    fractions = []
+    for progress_remaining in (1.0, 0.0):  # at first the last two of three steps are free, at the end none is
+        model._current_progress_remaining = progress_remaining
+        fractions.append(model._update_chains(chain, condition, th.randn(32))["clip_fraction"].item())
+    assert fractions == [pytest.approx(1 / 3), 1.0]
 
 
 def test_epochs_end_where_the_policy_has_gone_too_far(monkeypatch: pytest.MonkeyPatch) -> None:

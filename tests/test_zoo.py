@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from walk import Walk, record_walk
 
 from modip_sb3 import MODIP, zoo
-from modip_sb3.baselines import RLPD, DiffusionBC
+from modip_sb3.baselines import DPPO, RLPD, DiffusionBC
 from modip_sb3.datasets import has_reference_score
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +36,7 @@ SMALL = [
     "buffer_size:1000",
     "policy_kwargs:dict(denoiser='mlp', net_arch=dict(pi=[16], qf=[16]), latent_dim=16, num_inference_steps=2)",
 ]
+TINY = "policy_kwargs:dict(denoiser='mlp', net_arch=[16])"
 DATA = "offline_dataset:'data/walk.hdf5'"  # relative to the working directory
 SETTINGS = ["--hyperparams", *SMALL, DATA, "n_envs:2", "normalize:True"]
 BUDGET = [*SETTINGS, "-n", "80", "--eval-freq", "20", "--eval-episodes", "2"]
@@ -180,11 +181,12 @@ def test_train(trained: Path) -> None:
     ("algo", "cls", "small"),
     [
         ("rlpd", RLPD, ["learning_starts:10", "policy_kwargs:dict(net_arch=[16])"]),
-        ("diffusion_bc", DiffusionBC, ["pretrain_steps:7", "policy_kwargs:dict(denoiser='mlp', net_arch=[16])"]),
+        ("diffusion_bc", DiffusionBC, ["pretrain_steps:7", TINY]),
+        ("dppo", DPPO, ["pretrain_steps:7", TINY, "train_freq:10", "clip_range:0.1", "learning_rate:'lin_0.001'"]),
     ],
 )
 def test_train_and_enjoy_baselines(
-    algo: str, cls: type[RLPD | DiffusionBC], small: list[str], capsys: pytest.CaptureFixture[str]
+    algo: str, cls: type[RLPD | DiffusionBC | DPPO], small: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     which = ["--algo", algo, "--env", ENV_ID]
     settings = ["--hyperparams", "batch_size:8", *small, DATA, "normalize:True"]

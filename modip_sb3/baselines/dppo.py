@@ -19,6 +19,7 @@ from stable_baselines3.common.type_aliases import (
     Schedule,
     TrainFreq,
 )
+from stable_baselines3.common.utils import FloatSchedule
 from stable_baselines3.common.vec_env import VecEnv
 
 from modip_sb3.acting import ActingMode, ChunkState
@@ -142,8 +143,8 @@ class DPPO(DiffusionAlgorithm):
     :param n_epochs: passes over each rollout
     :param gae_lambda: λ of the generalised advantage estimator
     :param gamma_denoising: discount of the advantages from a denoising step to the one before
-    :param clip_range: of the likelihood ratio in the last denoising step; the authors' 0.01 is for averages over the
-        actions of a chunk, which these are
+    :param clip_range: of the likelihood ratio in the last denoising step, or a schedule; the authors' 0.01 is for
+        averages over the actions of a chunk, which these are
     :param clip_range_base: of that in the first fine-tuned one
     :param target_kl: a rollout's epochs end where the divergence from the policy that acted exceeds 1.5 times of this,
         None for never
@@ -179,7 +180,7 @@ class DPPO(DiffusionAlgorithm):
         n_epochs: int = 5,
         gae_lambda: float = 0.95,
         gamma_denoising: float = 0.99,
-        clip_range: float = 0.01,
+        clip_range: float | Schedule = 0.01,
         clip_range_base: float = 0.001,
         target_kl: float | None = 1.0,
         offline_dataset: DatasetSources | None = None,
@@ -225,13 +226,15 @@ class DPPO(DiffusionAlgorithm):
         )
         check_count(1, train_freq=train_freq, n_epochs=n_epochs)
         check_fraction(gae_lambda=gae_lambda, gamma_denoising=gamma_denoising)
-        check_at_least(0, clip_range=clip_range, clip_range_base=clip_range_base)
+        check_at_least(0, clip_range_base=clip_range_base)
+        if not callable(clip_range):
+            check_at_least(0, clip_range=clip_range)
         if target_kl is not None:
             check_at_least(0, target_kl=target_kl)
         self.n_epochs = n_epochs
         self.gae_lambda = gae_lambda
         self.gamma_denoising = gamma_denoising
-        self.clip_range = clip_range
+        self.clip_range = FloatSchedule(clip_range)
         self.clip_range_base = clip_range_base
         self.target_kl = target_kl
         if _init_setup_model:
@@ -368,7 +371,8 @@ class DPPO(DiffusionAlgorithm):
         # The clip range grows exponentially from the first fine-tuned step to the last
         progress = th.linspace(1, 0, num_steps, device=self.device).flip(0)
         growth = th.expm1(CLIP_RATE * progress) / math.expm1(CLIP_RATE)
-        clip_range = self.clip_range_base + (self.clip_range - self.clip_range_base) * growth
+        last = self.clip_range(self._current_progress_remaining)
+        clip_range = self.clip_range_base + (last - self.clip_range_base) * growth
         log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
         clipped = th.clamp(ratio, 1 - clip_range, 1 + clip_range)
