@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import rl_zoo3
 import yaml
+from rl_zoo3.exp_manager import ExperimentManager
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from walk import Walk, record_walk
 
@@ -120,10 +121,11 @@ def test_every_entry_of_other_algorithms_makes_a_model(algo: str) -> None:
     made = []
     for env_id, settings in CONFIGS[algo].items():
         assert env_id in gym.registry or env_id == "default"
-        rest = {name: value for name, value in settings.items() if name not in ("n_timesteps", "offline_dataset")}
+        own = ("n_timesteps", "n_envs", "offline_dataset")
+        rest = {name: value for name, value in settings.items() if name not in own}
         assert settings["n_timesteps"] > 0
         if rest not in made:  # the data is not loaded, and entries differ in little else
-            rl_zoo3.ALGOS[algo](env="Pendulum-v1", **rest)
+            rl_zoo3.ALGOS[algo](env="Pendulum-v1", **ExperimentManager._preprocess_schedules(dict(rest)))
             made.append(rest)
 
 
@@ -132,6 +134,16 @@ def test_baselines_have_the_data_of_modip(algo: str) -> None:
     for env_id, settings in CONFIG.items():
         found = CONFIGS[algo].get(env_id, CONFIGS[algo]["default"])
         assert found.get("offline_dataset") == settings.get("offline_dataset")
+
+
+@pytest.mark.parametrize("algo", ["dppo", "dql", "dsrl", "idql", "modip", "pa_rl"])
+def test_all_clone_as_diffusion_bc_does(algo: str) -> None:
+    for env_id, settings in CONFIGS["diffusion_bc"].items():
+        expected, found = (
+            [entry["policy_kwargs"].get(name) for name in ("denoiser", "action_horizon", "condition_noise")]
+            for entry in (settings, CONFIGS[algo].get(env_id, CONFIGS[algo]["default"]))
+        )
+        assert found == expected, env_id
 
 
 def test_settings_of_rl_zoo3_stand_for_ids_that_ours_leave_out() -> None:
@@ -182,7 +194,7 @@ def test_train(trained: Path) -> None:
     [
         ("rlpd", RLPD, ["learning_starts:10", "policy_kwargs:dict(net_arch=[16])"]),
         ("diffusion_bc", DiffusionBC, ["pretrain_steps:7", TINY]),
-        ("dppo", DPPO, ["pretrain_steps:7", TINY, "train_freq:10", "clip_range:0.1", "learning_rate:'lin_0.001'"]),
+        ("dppo", DPPO, ["pretrain_steps:7", TINY, "train_freq:10", "n_envs:1"]),
     ],
 )
 def test_train_and_enjoy_baselines(
