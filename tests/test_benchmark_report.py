@@ -84,6 +84,12 @@ def finals(output: Path, algo: str, inference: str, step: str = "40") -> np.ndar
 # ----------------------------------------------------------------------- numbers
 
 
+def as_written(value: float, spread: str = "", *figures: float) -> str:
+    """With one digit after the point, and with two where the value is small."""
+    text = ("{:,.$f}" + spread).replace("$", "1" if abs(value) >= 10 else "2")
+    return text.format(value, *figures)
+
+
 def test_tables_and_figures(benchmark: Path, text: str) -> None:
     assert {path.name for path in (benchmark / "report").iterdir()} == FILES
     assert all((benchmark / "report" / name).stat().st_size > 4000 for name in FILES if name.endswith(".png"))
@@ -95,12 +101,12 @@ def test_tables_and_figures(benchmark: Path, text: str) -> None:
     ):
         found, expected = cells(text, ENV_ID, entry), finals(benchmark, algo, inference)
         assert found["seeds"] == "2/2"
-        assert found["final return"] == f"{expected.mean():,.1f} ± {expected.std(ddof=1):,.1f}"
+        assert found["final return"] == as_written(expected.mean(), " ± {:,.$f}", expected.std(ddof=1))
         best = np.max([finals(benchmark, algo, inference, step) for step in ("0", "20", "40")], axis=0)
-        assert found["best return"] == f"{best.mean():,.1f} ± {best.std(ddof=1):,.1f}"
+        assert found["best return"] == as_written(best.mean(), " ± {:,.$f}", best.std(ddof=1))
         low, high = sorted(expected)  # two runs have three resamples
-        assert found["final return, IQM"] == f"{expected.mean():,.1f} [{low:,.1f}, {high:,.1f}]"
-        assert cells(text, "Runs", entry)["seed 1"] == f"{expected[1]:,.1f}"
+        assert found["final return, IQM"] == as_written(expected.mean(), " [{:,.$f}, {:,.$f}]", low, high)
+        assert cells(text, "Runs", entry)["seed 1"] == as_written(expected[1])
     assert "normalised" not in cells(text, ENV_ID, "sac") and "Gaps" not in text
     assert "actions: deterministic for sac; sampled for modip" in text and "2 episodes each time" in text
     assert "What 2 seeds allow to be said" in text and "0 of 4 finished runs were stopped" in text
@@ -158,7 +164,7 @@ def test_what_fell_below_the_baseline() -> None:
     ]
     *tables, sentence = comparison.make_tables(found, "bc")
     assert sentence == "Below bc in two evaluations running: a in x, a in y."
-    assert "| b | 30.0, × 2.00, P 1.00 [1.00, 1.00] | 5.0 ▼, × 0.33, P 0.00 [0.00, 0.00] |" in tables[1]
+    assert "| b | 30.0, × 2.00, P 1.00 [1.00, 1.00] | 5.00 ▼, × 0.33, P 0.00 [0.00, 0.00] |" in tables[1]
     assert tables[4] == "### Over all environments" and "| b |" not in tables[5]
     assert set(comparison.make_curves(found)) == {"a"}
 
@@ -185,7 +191,7 @@ def test_what_is_evaluated_less_often_is_compared_where_both_are() -> None:
     better = found[found["entry"] == "slow"].set_index(["env", "env_steps"])["better"]
     assert better.to_dict() == {(env, step): step / 40 for env in ("x", "y", comparison.EVERYWHERE) for step in (0, 40)}
     tables = comparison.make_tables(found, "sac")
-    assert "| slow | 0.0 ▼, P 0.00 [0.00, 0.00] |  | 9.0, × 3.00, P 1.00 [1.00, 1.00] |" in tables[1]
+    assert "| slow | 0.00 ▼, P 0.00 [0.00, 0.00] |  | 9.00, × 3.00, P 1.00 [1.00, 1.00] |" in tables[1]
     found = comparison.compare(make_curves(records), entries, "slow", "return")
     assert set(found["env_steps"]) == {0, 40}
     assert describe_frequency(records) == "20 steps (sac) or 40 steps (slow)"

@@ -105,10 +105,10 @@ def make_curves(comparison: pd.DataFrame) -> dict[str, tuple[np.ndarray, statist
 def _cell(row: pd.Series) -> str:
     parts = []
     if not pd.isna(row["mean"]):
-        parts.append(f"{row['mean']:,.1f}{' ▼' if row['below'] else ''}")
+        parts.append(f"{row['mean']:,.{tables.digits_for(row['mean'])}f}{' ▼' if row['below'] else ''}")
     if not pd.isna(row["ratio"]):
         parts.append(f"× {row['ratio']:.2f}")
     if not pd.isna(row["better"]):
         better = statistics.Estimate(row["better"], row["better_low"], row["better_high"])
-        parts.append(f"P {tables.interval(better, 2)}")
+        parts.append(f"P {tables.interval(better)}")
     return ", ".join(parts)

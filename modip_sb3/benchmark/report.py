@@ -260,7 +260,8 @@ class Report:
         for env in self.envs:
             for entry in self.entries:
                 found = self.results[(self.results["env"] == env) & (self.results["entry"] == entry)]
-                finals = {int(seed): f"{final:,.1f}" for seed, final in zip(found["seed"], found["final_return"])}  # noqa: B905
+                by_seed = found.set_index("seed")["final_return"].to_dict()
+                finals = {seed: f"{final:,.{tables.digits_for(final)}f}" for seed, final in by_seed.items()}
                 gaps = {key.seed: f"**gap**: {why}" for key, why in self._gaps_of(entry, env).items()}
                 cells = {f"seed {seed}": (finals | gaps).get(seed, "") for seed in self.seeds}
                 rows.append({"env": env, "algorithm": entry, **cells})

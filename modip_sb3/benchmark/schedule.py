@@ -265,5 +265,5 @@ def progress_table(runs: Sequence[RunFolder], pending: Sequence[RunFolder]) -> T
 def _last_evaluation(means: dict[str, float] | None) -> str:
     if not means:
         return ""
-    scores = ", ".join(f"{name} {mean:,.1f}" for name, mean in means.items() if name != "env_steps")
+    scores = ", ".join(f"{name} {mean:,.2f}" for name, mean in means.items() if name != "env_steps")
     return f"{scores} at {means['env_steps']:,}"

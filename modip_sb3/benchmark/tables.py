@@ -73,16 +73,25 @@ def mean_std(values: pd.Series, unit: str = "") -> str:
     """
     if values.isna().any():
         return ""
-    spread = f" ± {values.std():,.1f}" if len(values) > 1 else ""
-    return f"{values.mean():,.1f}{spread}{unit}"
+    digits = digits_for(values.mean())
+    spread = f" ± {values.std():,.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():,.{digits}f}{spread}{unit}"
 
 
-def interval(estimate: Estimate, digits: int = 1) -> str:
+def digits_for(value: float) -> int:
+    """
+    :param value: a return or a score
+    :return: how many digits after the point it is written with; successes and subtasks are small
+    """
+    return 1 if abs(value) >= 10 else 2
+
+
+def interval(estimate: Estimate) -> str:
     """
     :param estimate: numbers
-    :param digits: after the point
     :return: the value and its interval
     """
+    digits = digits_for(estimate.value)
     value, low, high = (f"{part:,.{digits}f}" for part in estimate)
     return f"{value} [{low}, {high}]"
 
