@@ -70,8 +70,8 @@ class MODIP(DiffusionAlgorithm):
     :param offline_fraction: share of offline sequences in every online batch
     :param rollout_with: what collects experience in ``learn()``, "planner" or "policy"; "auto" for whichever has the
         better episodes, see :class:`~modip_sb3.trial.Trial`, where good demonstrations mislead the planner
-    :param n_plan_steps: environment steps that ``learn()`` executes a plan for, while ``predict()`` plans at each; None
-        for the whole plan
+    :param n_plan_steps: environment steps that ``learn()`` executes a plan for, None for the whole plan; ``predict()``
+        executes the policy's ``n_action_steps`` of it
     :param inference: what ``predict()`` uses, "policy" or "planner"; also with the latter the policy acts alone once
         ``rollout_with="auto"`` has found it to be better
     :param planner_kwargs: settings of :class:`~modip_sb3.planner.MPPI`; by default the best of the policy's proposals

@@ -30,7 +30,7 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
     :param denoiser: "unet" (diffusers' ``UNet1DModel``) or "mlp" (a residual MLP, several times cheaper on a CPU)
     :param proposal: "diffusion", or "gaussian" for the ablation with a Gaussian MLP in the diffusion policy's place
     :param action_horizon: actions in a chunk
-    :param n_action_steps: how many of them the policy alone executes before it predicts the next chunk; None for all
+    :param n_action_steps: how many of them, or of a plan's, are executed before the next is predicted; None for all
     :param horizon: environment steps that the planner looks ahead, at most ``action_horizon``
     :param num_proposals: chunks that the actor proposes for each plan
     :param proposal_temperature: scale of the noise that they start from; below 1 where the planner errs by choosing
@@ -195,14 +195,15 @@ class MODIPPolicy(DiffusionPolicy, PlanningPolicy):
         return self.critic(latents, self.sample_chunks(latents, deterministic=True)[:, 0])
 
     def act(
-        self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool, n_plan_steps: int = 1
+        self, obs: PyTorchObs, state: ChunkState, mode: ActingMode, deterministic: bool, n_plan_steps: int | None = None
     ) -> tuple[np.ndarray, ChunkState, Plan | None]:
         """
-        "policy" executes chunks of the actor, each to its end; "planner" plans at every step, warm-started from the
-        last plan, or executes ``n_plan_steps`` actions of each plan; see :meth:`PlanningPolicy.act`.
+        "policy" executes ``n_action_steps`` of each of the actor's chunks, "planner" as many of each plan, which is
+        warm-started from the last one, or ``n_plan_steps``; see :meth:`ActingPolicy.act`.
         """
         if mode == "policy":
             return super().act(obs, state, mode, deterministic)
+        n_plan_steps = n_plan_steps or min(self.n_action_steps, self.horizon)
         plans, position = state[0].copy(), state[1].copy()
         due, plan = (position < 0) | (position >= n_plan_steps), None
         if due.any():

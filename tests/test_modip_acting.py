@@ -90,6 +90,21 @@ def test_planner_warm_starts_from_the_state(make_model: MakeModel) -> None:
     assert np.abs(next_state[0][1] - state[0][1]).max() > 1e-3  # the search began somewhere else
 
 
+@pytest.mark.parametrize(("n_action_steps", "horizon", "expected"), [(1, 4, 1), (3, 4, 3), (4, 2, 2)])
+def test_planner_executes_as_much_of_a_plan_as_of_a_chunk(
+    make_model: MakeModel, n_action_steps: int, horizon: int, expected: int
+) -> None:
+    policy_kwargs = {"n_action_steps": n_action_steps, "horizon": horizon}
+    model = make_model(Walk(), inference="planner", policy_kwargs=policy_kwargs)
+    obs, state, positions = observations(model, num=2), None, []
+    for _ in range(6):
+        actions, state = model.predict(obs, state)
+        positions += state[1].tolist()
+        if positions[-1] > 1:
+            np.testing.assert_allclose(actions, state[0][:, positions[-1] - 1], atol=1e-6)
+    assert positions == [step % expected + 1 for step in range(6) for _ in range(2)]
+
+
 @both_modes
 @pytest.mark.parametrize(("low", "high", "shape"), [(-2.0, 0.5, (1,)), (-0.3, 0.7, (2, 2)), (10.0, 11.0, (3,))])
 def test_actions_lie_in_the_box(
