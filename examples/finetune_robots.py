@@ -25,11 +25,8 @@ from modip_sb3.evaluation import Evaluation, evaluate
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
 # As in zoo_configs/modip.yml
-SETTINGS: dict[str, Any] = {"rollout_with": "auto", "distill_episodes": "better"}
-ARM = SETTINGS | {
-    "distill_weighting": "uniform",
-    "policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto"},
-}
+SETTINGS: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform", "distill_episodes": "better"}
+ARM = SETTINGS | {"policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto"}}
 KITCHEN = SETTINGS | {
     "policy_kwargs": {"denoiser": "mlp", "action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3},
 }

@@ -153,7 +153,7 @@ def test_the_table_says_how_far_each_run_is(tmp_path: Path) -> None:
     cloning.update_status(state="running", env_steps=0)
     table = progress_table([waiting, stopped, learning, cloning], [learning, cloning])
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    last = "policy -123.5, planner 6.0 at 400"
+    last = "policy -123.45, planner 6.00 at 400"
     assert rows == [
         (ENV_ID, "sac", "0", "waiting", "0", "", "", ""),
         (ENV_ID, "sac", "1", "stopped", "400", "10.0", last, ""),
