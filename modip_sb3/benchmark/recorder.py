@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from modip_sb3.acting import ActingMode
 from modip_sb3.baselines import DiffusionBC
-from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder
+from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, Row, RunFolder, evaluation_steps
 from modip_sb3.checkpoint import isolated_rng, save_state
 from modip_sb3.evaluation import evaluate
 from modip_sb3.storage import whole_file, write_json
@@ -91,9 +91,8 @@ class Recorder(BaseCallback):
 
     def _repeat_evaluation(self) -> None:
         """The last evaluation stands for all later ones."""
-        timesteps, freq = self.settings["timesteps"], self.settings["evaluation"]["freq"]
         last = [row for row in self.rows if int(row["env_steps"]) == self.last_evaluation]
-        for due in [*range(freq, timesteps, freq), timesteps]:
+        for due in evaluation_steps(self.settings):
             if due > self.last_evaluation:
                 self.rows += [row | {"env_steps": due} for row in last]
         self.run.write_evaluations(self.rows)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, RunFolder, flatten
+from modip_sb3.benchmark.runs import EVALUATION_COLUMNS, RunFolder, evaluation_steps, flatten
 from modip_sb3.datasets import has_reference_score, normalized_score
 
 
@@ -155,7 +155,7 @@ def _check_episodes(episodes: pd.DataFrame, settings: Mapping[str, Any]) -> None
     timesteps, freq = settings["timesteps"], settings["evaluation"]["freq"]
     for inference, group in episodes.groupby("inference"):
         found = list(dict.fromkeys(_scheduled(steps, timesteps, freq) for steps in group["env_steps"]))
-        if found != (due := sorted({*range(0, timesteps, freq), timesteps})):
+        if found != (due := evaluation_steps(settings)):
             raise CorruptRun(f"evaluations.csv has evaluations of {inference} at {found} steps, expected them at {due}")
 
 
@@ -180,8 +180,8 @@ def _curve(episodes: pd.DataFrame, settings: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def _cut_settings(name: str, settings: dict[str, Any], timesteps: int) -> dict[str, Any]:
-    budget, freq = settings["timesteps"], settings["evaluation"]["freq"]
-    if timesteps != budget and timesteps not in range(freq, budget, freq):
+    if timesteps not in evaluation_steps(settings)[1:]:
+        budget, freq = settings["timesteps"], settings["evaluation"]["freq"]
         raise ValueError(
             f"{name} has {budget:,} steps and is evaluated every {freq:,}, not at {timesteps:,}: choose another "
             "--timesteps, or leave it out."

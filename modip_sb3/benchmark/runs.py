@@ -29,6 +29,15 @@ def as_csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
     return text.getvalue()
 
 
+def evaluation_steps(settings: Mapping[str, Any]) -> list[int]:
+    """
+    :param settings: of a run
+    :return: the environment steps after which its evaluations are due
+    """
+    timesteps = settings["timesteps"]
+    return [*range(0, timesteps, settings["evaluation"]["freq"]), timesteps]
+
+
 def read_rows(path: Path) -> list[Row]:
     """
     :param path: a CSV file
