@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
-from modip_sb3.benchmark.__main__ import main
+from modip_sb3.benchmark.__main__ import main, make_parser
+from modip_sb3.benchmark.plan import plan
+from modip_sb3.benchmark.runs import RunFolder
 
 ENV_ID, NAME = "Pendulum-v1", "Pendulum-v1"
 SHORT = "env_kwargs:{'max_episode_steps': 10}"
@@ -38,3 +40,9 @@ def run(*arguments: str) -> int | str | None:
     except SystemExit as end:
         return end.code
     return None
+
+
+def planned(arguments: list[str]) -> list[RunFolder]:
+    args = make_parser().parse_args(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    return plan(args)
