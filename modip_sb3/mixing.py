@@ -8,6 +8,7 @@ import torch as th
 from modip_sb3.buffers import Episodes
 
 PRIOR_STEPS = 1000  # of experience that count as worse than the data: a few short episodes say little
+MEDIAN = 0.5  # the rating of an episode as good as the one in the middle of the data
 
 
 def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.ndarray, online: Episodes) -> np.ndarray:
@@ -25,7 +26,17 @@ def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     order = np.argsort(returns)
     cumulative = np.concatenate([[0.0], np.cumsum(shares[order])])
     worse, not_better = (np.searchsorted(returns[order], online.returns, side) for side in ("left", "right"))
-    return (cumulative[worse] + cumulative[not_better]) / 2
+    return (cumulative[worse] + cumulative[not_better]) / (2 * cumulative[-1])
+
+
+def without_worse(ratings: np.ndarray) -> np.ndarray:
+    """
+    The ratings, 0 in place of those below the data's median: an episode that falls short of most of the data shows
+    mostly what went wrong in it.
+
+    :param ratings: what :func:`rate_episodes` returned ``(F,)``
+    """
+    return np.where(ratings >= MEDIAN, ratings, 0.0)
 
 
 def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int, by_rating: bool) -> float:

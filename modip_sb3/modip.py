@@ -17,7 +17,7 @@ from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, 
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.mixing import advantage_weights, offline_share, rate_episodes
+from modip_sb3.mixing import advantage_weights, offline_share, rate_episodes, without_worse
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.policies import MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -344,6 +344,8 @@ class MODIP(DiffusionAlgorithm):
             return self._sample_batch(batch_size, length, None if fraction == "auto" else fraction)
         online, offline = replay.episodes(), [buffer.episodes() for buffer in self._offline_buffers]
         ratings = rate_episodes(offline, self._offline_shares, online)
+        if better:
+            ratings = without_worse(ratings)
         if fraction == "auto":
             offline_steps = sum(buffer.size() for buffer in self._offline_buffers)
             fraction = offline_share(ratings, online.lengths, offline_steps, by_rating=better)
