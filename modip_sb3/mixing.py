@@ -8,7 +8,6 @@ import torch as th
 from modip_sb3.buffers import Episodes
 
 PRIOR_STEPS = 1000  # of experience that count as worse than the data: a few short episodes say little
-MEDIAN = 0.5  # the rating of an episode as good as the one in the middle of the data
 
 
 def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.ndarray, online: Episodes) -> np.ndarray:
@@ -29,17 +28,7 @@ def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     return (cumulative[worse] + cumulative[not_better]) / (2 * cumulative[-1])
 
 
-def without_worse(ratings: np.ndarray) -> np.ndarray:
-    """
-    The ratings, 0 in place of those below the data's median: an episode that falls short of most of the data shows
-    mostly what went wrong in it.
-
-    :param ratings: what :func:`rate_episodes` returned ``(F,)``
-    """
-    return np.where(ratings >= MEDIAN, ratings, 0.0)
-
-
-def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int, by_rating: bool) -> float:
+def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int) -> float:
     """
     The share of offline steps in a batch. Its odds are those of the episode of a random offline step being better than
     that of a random online step, and are lower by as much as there is less data than experience that is as good.
@@ -47,15 +36,26 @@ def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int, 
     :param ratings: what :func:`rate_episodes` returned ``(F,)``
     :param lengths: of the same episodes ``(F,)``
     :param offline_steps: how many there are
-    :param by_rating: whether an online step is drawn in proportion to the rating of its episode
     :return: between 0 and 1; 1 before there is experience
     """
-    drawn = lengths * ratings if by_rating else lengths
     prior = min(PRIOR_STEPS, offline_steps)
-    better = (prior + drawn @ (1 - ratings)) / (prior + drawn.sum())
+    better = (prior + lengths @ (1 - ratings)) / (prior + lengths.sum())
     scarcity = min(1.0, offline_steps / 2 / max(1.0, lengths @ ratings))  # an offline step's mean rating is 1/2
     weight = better * scarcity
     return float(weight / (weight + 1 - better))
+
+
+def better_weights(ratings: np.ndarray, num_offline: int) -> np.ndarray:
+    """
+    How often a step of each online episode is cloned, where a step of the data is once: the odds of being better than
+    the data, as if that had one episode more, which none is better than. Episodes below the median are left out: they
+    show mostly what went wrong in them.
+
+    :param ratings: what :func:`rate_episodes` returned ``(F,)``
+    :param num_offline: number of episodes in the data
+    :return: at most ``num_offline`` ``(F,)``
+    """
+    return np.where(ratings >= 0.5, ratings / (1 - ratings + 1 / num_offline), 0.0)
 
 
 def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:

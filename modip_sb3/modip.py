@@ -17,7 +17,7 @@ from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, 
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.mixing import advantage_weights, offline_share, rate_episodes, without_worse
+from modip_sb3.mixing import advantage_weights, better_weights, offline_share, rate_episodes
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.policies import MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -85,8 +85,9 @@ class MODIP(DiffusionAlgorithm):
         fell at first on HalfCheetah
     :param distill_offline_fraction: share of offline chunks in those batches; "auto" lowers it as the episodes of
         ``learn()`` become better, or more, than those of the data, see :func:`~modip_sb3.mixing.offline_share`
-    :param distill_episodes: "all" draws the other chunks from all of ``learn()``; "better" from each episode in
-        proportion to the share of the data that it beats: where rewards are sparse, failures are most of the steps
+    :param distill_episodes: "all" draws the other chunks from all of ``learn()``; "better" from each episode that is as
+        good as the data's median, by its odds of being better than the data: where rewards are sparse, failures are
+        most of the steps, see :func:`~modip_sb3.mixing.better_weights`
     :param distill_from: what the policy clones: "executed" chunks, "relabel" (replay states, the planner's chunks),
         "both"
     :param distill_weighting: "advantage" weights executed chunks by exp(β A / σ_A), "uniform" is the paper's loss
@@ -343,14 +344,19 @@ class MODIP(DiffusionAlgorithm):
         if not self._offline_buffers or (fraction != "auto" and not better):
             return self._sample_batch(batch_size, length, None if fraction == "auto" else fraction)
         online, offline = replay.episodes(), [buffer.episodes() for buffer in self._offline_buffers]
+        offline_steps = sum(buffer.size() for buffer in self._offline_buffers)
         ratings = rate_episodes(offline, self._offline_shares, online)
+        sample_online = None
         if better:
-            ratings = without_worse(ratings)
+            weights = better_weights(ratings, sum(len(source.returns) for source in offline))
+            share = offline_steps / (offline_steps + online.lengths @ weights)
+            if weights.any():
+                sample_online = partial(replay.sample_episodes, weights)
+        else:
+            share = offline_share(ratings, online.lengths, offline_steps)
         if fraction == "auto":
-            offline_steps = sum(buffer.size() for buffer in self._offline_buffers)
-            fraction = offline_share(ratings, online.lengths, offline_steps, by_rating=better)
+            fraction = share
             self.logger.record("train/offline_share", fraction)
-        sample_online = partial(replay.sample_episodes, ratings) if better and ratings.any() else None
         return self._sample_batch(batch_size, length, fraction, sample_online)
 
     @th.no_grad()

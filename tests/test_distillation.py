@@ -11,7 +11,7 @@ from walk import MakeModel, Recorder, Walk, observations, parameters, record_wal
 from modip_sb3 import MODIP
 from modip_sb3.baselines import DSRL, DiffusionBC
 from modip_sb3.buffers import Episodes, SequenceReplayBuffer
-from modip_sb3.mixing import PRIOR_STEPS, advantage_weights, offline_share, rate_episodes
+from modip_sb3.mixing import PRIOR_STEPS, advantage_weights, better_weights, offline_share, rate_episodes
 from modip_sb3.planner import Plan
 
 # ------------------------------------------------------------------ shares
@@ -37,6 +37,15 @@ def test_ratings_count_steps_and_half_of_the_ties() -> None:
 def test_ratings_follow_the_sources_weights() -> None:
     sources = [episodes((0.0, 1000)), episodes((9.0, 1))]
     np.testing.assert_allclose(rate_episodes(sources, [0.3, 0.7], episodes((5.0, 1))), [0.3])
+
+
+@pytest.mark.parametrize("lengths", [(3,), (37, 41, 35), (1, 10, 100, 7, 13, 29)])
+def test_what_equals_the_data_is_kept_and_what_falls_short_of_most_is_not(lengths: tuple[int, ...]) -> None:
+    sources = [episodes(*((1.0, length) for length in lengths))] * 3
+    ratings = rate_episodes(sources, [0.1, 0.2, 0.7], episodes((0.0, 400), (1.0, 40)))
+    assert without_worse(ratings).tolist() == [0.0, 0.5]  # successes among demonstrations that all succeed
+    ratings = rate_episodes([episodes(*((float(r), 10) for r in range(5)))], [1.0], episodes((1, 9), (2, 9), (3, 9)))
+    np.testing.assert_allclose(without_worse(ratings), [0.0, 0.5, 0.7])
 
 
 @pytest.mark.parametrize(("rating", "expected"), [(0.0, 1.0), (0.5, 0.75), (1.0, 0.5)])
