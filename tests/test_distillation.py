@@ -25,7 +25,7 @@ def episodes(*pairs: tuple[float, int]) -> Episodes:
 
 def test_share_before_experience() -> None:
     ratings = rate_episodes([episodes((5.0, 10))], [1.0], episodes())
-    assert ratings.shape == (0,) and offline_share(ratings, np.zeros(0), 10, by_rating=False) == 1
+    assert ratings.shape == (0,) and offline_share(ratings, np.zeros(0), 10) == 1
 
 
 def test_ratings_count_steps_and_half_of_the_ties() -> None:
@@ -39,44 +39,31 @@ def test_ratings_follow_the_sources_weights() -> None:
     np.testing.assert_allclose(rate_episodes(sources, [0.3, 0.7], episodes((5.0, 1))), [0.3])
 
 
-@pytest.mark.parametrize("lengths", [(3,), (37, 41, 35), (1, 10, 100, 7, 13, 29)])
-def test_what_equals_the_data_is_kept_and_what_falls_short_of_most_is_not(lengths: tuple[int, ...]) -> None:
-    sources = [episodes(*((1.0, length) for length in lengths))] * 3
-    ratings = rate_episodes(sources, [0.1, 0.2, 0.7], episodes((0.0, 400), (1.0, 40)))
-    assert without_worse(ratings).tolist() == [0.0, 0.5]  # successes among demonstrations that all succeed
-    ratings = rate_episodes([episodes(*((float(r), 10) for r in range(5)))], [1.0], episodes((1, 9), (2, 9), (3, 9)))
-    np.testing.assert_allclose(without_worse(ratings), [0.0, 0.5, 0.7])
-
-
 @pytest.mark.parametrize(("rating", "expected"), [(0.0, 1.0), (0.5, 0.75), (1.0, 0.5)])
 def test_share_of_equal_episodes(rating: float, expected: float) -> None:
-    share = offline_share(np.full(4, rating), np.full(4, PRIOR_STEPS / 4), 2 * PRIOR_STEPS, by_rating=False)
+    share = offline_share(np.full(4, rating), np.full(4, PRIOR_STEPS / 4), 2 * PRIOR_STEPS)
     assert share == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("by_rating", [False, True])
-def test_demonstrations_are_outnumbered_by_experience_as_good(by_rating: bool) -> None:
+def test_demonstrations_are_outnumbered_by_experience_as_good() -> None:
     ratings, lengths = np.array([0.5, 0.0]), np.array([100 * PRIOR_STEPS, 0])  # successes like theirs
-    share = offline_share(ratings, lengths, PRIOR_STEPS, by_rating)
+    share = offline_share(ratings, lengths, PRIOR_STEPS)
     assert share == pytest.approx(0.01, rel=0.05)  # one of a hundred
     failures = np.array([100 * PRIOR_STEPS, 400 * PRIOR_STEPS])
-    with_failures = offline_share(ratings, failures, PRIOR_STEPS, by_rating)
-    assert with_failures == share if by_rating else with_failures > 5 * share
+    assert offline_share(ratings, failures, PRIOR_STEPS) > 5 * share
 
 
 def test_much_data_is_not_cloned_more_for_being_much() -> None:
     ratings, lengths = np.array([0.9]), np.array([PRIOR_STEPS])
-    shares = [offline_share(ratings, lengths, times * PRIOR_STEPS, False) for times in (2, 3, 1000)]
+    shares = [offline_share(ratings, lengths, times * PRIOR_STEPS) for times in (2, 3, 1000)]
     assert shares == [pytest.approx(0.55)] * 3
 
 
-@pytest.mark.parametrize("by_rating", [False, True])
-def test_failures_alone_are_not_cloned(by_rating: bool) -> None:
-    assert offline_share(np.zeros(3), np.full(3, 400), 300, by_rating) == 1
+def test_failures_alone_are_not_cloned() -> None:
+    assert offline_share(np.zeros(3), np.full(3, 400), 300) == 1
 
 
-@pytest.mark.parametrize("better", [True, False])
-def test_share_is_the_probability_of_drawn_steps(better: bool) -> None:
+def test_share_is_the_probability_of_drawn_steps() -> None:
     rng = np.random.default_rng(0)
     sources = [episodes(*zip(rng.integers(0, 9, n), rng.integers(1, 50, n), strict=True)) for n in (5, 8)]
     online = episodes(*zip(rng.integers(0, 9, 6), rng.integers(500, 2000, 6), strict=True))
@@ -85,12 +72,26 @@ def test_share_is_the_probability_of_drawn_steps(better: bool) -> None:
     offline = np.concatenate(
         [rng.choice(np.repeat(*s[:2]), int(w * 1e5)) for s, w in zip(sources, weights, strict=True)]
     )
-    steps = online.lengths * (ratings if better else 1)
-    drawn = rng.choice(online.returns, len(offline), p=steps / steps.sum())
+    drawn = rng.choice(online.returns, len(offline), p=online.lengths / online.lengths.sum())
     probability = (offline > drawn).mean() + (offline == drawn).mean() / 2
-    expected = (PRIOR_STEPS + steps.sum() * probability) / (PRIOR_STEPS + steps.sum())
-    share = offline_share(ratings, online.lengths, 10**6, by_rating=better)
-    assert share == pytest.approx(expected, abs=0.01)
+    steps = online.lengths.sum()
+    expected = (PRIOR_STEPS + steps * probability) / (PRIOR_STEPS + steps)
+    assert offline_share(ratings, online.lengths, 10**6) == pytest.approx(expected, abs=0.01)
+
+
+@pytest.mark.parametrize("lengths", [(3,), (37, 41, 35), (1, 10, 100, 7, 13, 29)])
+def test_successes_count_about_as_demonstrations_and_failures_do_not(lengths: tuple[int, ...]) -> None:
+    sources = [episodes(*((1.0, length) for length in lengths))] * 3
+    ratings = rate_episodes(sources, [0.1, 0.2, 0.7], episodes((0.0, 400), (1.0, 40)))
+    failure, success = better_weights(ratings, 100)
+    assert failure == 0 and success == pytest.approx(1, abs=0.02)
+
+
+def test_better_weights_by_hand() -> None:
+    offline = episodes(*((float(number), 10) for number in range(4)))
+    ratings = rate_episodes([offline], [1.0], episodes(*((reward, 9) for reward in (1.0, 1.5, 2.0, 3.0, 4.0))))
+    np.testing.assert_allclose(ratings, [0.375, 0.5, 0.625, 0.875, 1])
+    np.testing.assert_allclose(better_weights(ratings, 4), [0, 0.5 / 0.75, 1, 0.875 / 0.375, 4])
 
 
 def add(buffer: SequenceReplayBuffer, rewards: list[float], dones: list[int]) -> None:
@@ -191,9 +192,13 @@ def test_episodes_are_cloned_by_what_they_return(
     assert "train/offline_share" in recorder.keys
     replay = model.replay_buffer
     replay.actions[:] = -1
-    for reward, expected in ((-100.0, {1.0}), (100.0, {-1.0})):
+    (data,) = model._offline_buffers
+    counts = replay.episodes().lengths.sum() * len(data.episodes().returns)  # each online step as often as that is
+    left = data.size() / (data.size() + counts) if distilled == "better" else 0
+    for reward, expected in ((-100.0, 1), (100.0, left)):
         replay.rewards[:], replay._episodes = reward, None
-        assert set(model._sample_distilled(40, 4).actions[:, 0].flatten().tolist()) == expected
+        offline = model._sample_distilled(1000, 4).actions[:, 0] == 1
+        assert offline.float().mean() == pytest.approx(expected, abs=0.001)
     found = replay.episodes()
     row, env = found.rows[0], found.envs[0]
     replay.rewards[:], replay.rewards[row, env], replay.actions[row, env] = -100, 1e6, 0
