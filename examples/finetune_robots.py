@@ -26,7 +26,8 @@ from modip_sb3.evaluation import Evaluation, evaluate
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
 # As in zoo_configs/modip.yml
 SETTINGS: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform", "distill_episodes": "better"}
-ARM = SETTINGS | {"policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto"}}
+LIFT = SETTINGS | {"policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto"}}
+LONGER = SETTINGS | {"policy_kwargs": {"denoiser": "mlp", "condition_noise": "auto", "n_action_steps": 4}}
 KITCHEN = SETTINGS | {
     "policy_kwargs": {"denoiser": "mlp", "action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3},
 }
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         batch_size=128,
         seed=args.seed,
         tensorboard_log=str(args.output / "tensorboard"),
-        **(KITCHEN if is_kitchen else ARM),
+        **{"kitchen": KITCHEN, "lift": LIFT}.get(args.task, LONGER),
     )
     best, env_kwargs = (4, COUNTING) if is_kitchen else (1, None)
     model.pretrain(args.pretrain, progress_bar=True)
