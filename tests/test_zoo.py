@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import importlib
 import os
 import pickle
 import subprocess
@@ -144,6 +145,17 @@ def test_all_clone_as_diffusion_bc_does(algo: str) -> None:
             for entry in (settings, CONFIGS[algo].get(env_id, CONFIGS[algo]["default"]))
         )
         assert found == expected, env_id
+
+
+def test_the_robots_example_has_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    example = importlib.import_module("finetune_robots")
+    for task, policy_kwargs in example.POLICY_KWARGS.items():
+        expected = {**example.SETTINGS, "policy_kwargs": policy_kwargs}
+        entries = [settings for env_id, settings in CONFIG.items() if env_id.startswith(f"modip/{task}-")]
+        assert len(entries) >= 2
+        for entry in entries:
+            assert {name: entry[name] for name in expected} == expected
 
 
 def test_settings_of_rl_zoo3_stand_for_ids_that_ours_leave_out() -> None:
