@@ -27,12 +27,13 @@ STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"),
 # As in zoo_configs/modip.yml
 SETTINGS: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform", "distill_episodes": "better"}
 ARM: dict[str, Any] = {"denoiser": "mlp", "condition_noise": "auto"}
+SURER = {"n_action_steps": 4, "proposal_temperature": 0.3}
 POLICY_KWARGS: dict[str, dict[str, Any]] = {
-    "kitchen": {"denoiser": "mlp", "action_horizon": 8, "n_action_steps": 4, "proposal_temperature": 0.3},
+    "kitchen": {"denoiser": "mlp", "action_horizon": 8} | SURER,
     "lift": ARM,
-    "can": ARM | {"n_action_steps": 4},
-    "square": ARM | {"n_action_steps": 4},
-    "transport": ARM | {"n_action_steps": 4},
+    "can": ARM | SURER,
+    "square": ARM | SURER,
+    "transport": ARM | SURER,
 }
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed
 COUNTING = {"terminate_on_tasks_completed": True, "remove_task_when_completed": True}
