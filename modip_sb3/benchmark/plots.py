@@ -58,6 +58,7 @@ def plot_curves(
             axes.plot(x, estimate.value, color=colors[entry], label=entry, marker=marker)
             axes.fill_between(x, estimate.low, estimate.high, color=colors[entry], alpha=0.2, linewidth=0)
         axes.set(title=env, xlabel=xlabel, ylabel=ylabels[env])
+        axes.locator_params(axis="x", nbins=6)  # more would touch each other
         axes.grid(alpha=0.3)
     handles = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels())}  # noqa: B905
     grid[0][-1].legend(handles.values(), handles, loc="center left", bbox_to_anchor=(1.02, 0.5), frameon=False)
