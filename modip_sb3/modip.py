@@ -346,17 +346,15 @@ class MODIP(DiffusionAlgorithm):
         online, offline = replay.episodes(), [buffer.episodes() for buffer in self._offline_buffers]
         offline_steps = sum(buffer.size() for buffer in self._offline_buffers)
         ratings = rate_episodes(offline, self._offline_shares, online)
-        sample_online = None
         if better:
             weights = better_weights(ratings, sum(len(source.returns) for source in offline))
             share = offline_steps / (offline_steps + online.lengths @ weights)
-            if weights.any():
-                sample_online = partial(replay.sample_episodes, weights)
+            sample_online = partial(replay.sample_episodes, weights)
         else:
-            share = offline_share(ratings, online.lengths, offline_steps)
-        if fraction == "auto":
+            share, sample_online = offline_share(ratings, online.lengths, offline_steps), None
+        if fraction == "auto" or share == 1:  # nothing else is to be cloned yet
             fraction = share
-            self.logger.record("train/offline_share", fraction)
+        self.logger.record("train/offline_share", fraction)
         return self._sample_batch(batch_size, length, fraction, sample_online)
 
     @th.no_grad()

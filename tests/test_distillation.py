@@ -201,8 +201,10 @@ def test_episodes_are_cloned_by_what_they_return(
         assert offline.float().mean() == pytest.approx(expected, abs=0.001)
     found = replay.episodes()
     row, env = found.rows[0], found.envs[0]
-    replay.rewards[:], replay.rewards[row, env], replay.actions[row, env] = -100, 1e6, 0
-    replay._episodes, model.distill_offline_fraction = None, 0.0
+    replay.rewards[:], replay._episodes, model.distill_offline_fraction = -100, None, 0.0
+    drawn = model._sample_distilled(40, 4).actions[:, 0].flatten()
+    assert set(drawn.tolist()) == ({1.0} if distilled == "better" else {-1.0})  # of failures not even what is asked for
+    replay.rewards[row, env], replay.actions[row, env], replay._episodes = 1e6, 0, None
     drawn = model._sample_distilled(400, 4).actions[:, 0].flatten()
     assert set(drawn.tolist()) == {-1.0, 0.0}
     share = 1 / (found.lengths[0] if distilled == "better" else replay.size() * replay.n_envs)
