@@ -25,7 +25,7 @@ def rate_episodes(offline: Sequence[Episodes], weights: Sequence[float] | np.nda
     order = np.argsort(returns)
     cumulative = np.concatenate([[0.0], np.cumsum(shares[order])])
     worse, not_better = (np.searchsorted(returns[order], online.returns, side) for side in ("left", "right"))
-    return (cumulative[worse] + cumulative[not_better]) / (2 * cumulative[-1])
+    return (cumulative[worse] + cumulative[not_better]) / (2 * cumulative[-1])  # the median is exactly 1/2
 
 
 def offline_share(ratings: np.ndarray, lengths: np.ndarray, offline_steps: int) -> float:
@@ -56,6 +56,18 @@ def better_weights(ratings: np.ndarray, num_offline: int) -> np.ndarray:
     :return: at most ``num_offline`` ``(F,)``
     """
     return np.where(ratings >= 0.5, ratings / (1 - ratings + 1 / num_offline), 0.0)
+
+
+def better_share(weights: np.ndarray, lengths: np.ndarray, offline_steps: int) -> float:
+    """
+    The share of offline steps in a batch where online ones are drawn by their weights.
+
+    :param weights: what :func:`better_weights` returned ``(F,)``
+    :param lengths: of the same episodes ``(F,)``
+    :param offline_steps: how many there are
+    :return: between 0 and 1; 1 where no episode is to be cloned
+    """
+    return float(offline_steps / (offline_steps + lengths @ weights))
 
 
 def advantage_weights(advantages: th.Tensor, beta: float) -> th.Tensor:

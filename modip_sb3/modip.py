@@ -17,7 +17,7 @@ from modip_sb3.buffers import LabelBuffer, SequenceBatch, SequenceReplayBuffer, 
 from modip_sb3.checks import check_at_least, check_choice, check_count, check_fraction, check_keywords
 from modip_sb3.critics import compute_expectile_loss, compute_lambda_returns, compute_q_loss
 from modip_sb3.datasets import DatasetSources
-from modip_sb3.mixing import advantage_weights, better_weights, offline_share, rate_episodes
+from modip_sb3.mixing import advantage_weights, better_share, better_weights, offline_share, rate_episodes
 from modip_sb3.planner import MPPI, PLANNER_ARGUMENTS, Plan
 from modip_sb3.policies import MODIPPolicy
 from modip_sb3.pretrained import DiffusionAlgorithm
@@ -85,6 +85,7 @@ class MODIP(DiffusionAlgorithm):
         fell at first on HalfCheetah
     :param distill_offline_fraction: share of offline chunks in those batches; "auto" lowers it as the episodes of
         ``learn()`` become better, or more, than those of the data, see :func:`~modip_sb3.mixing.offline_share`
+        and :func:`~modip_sb3.mixing.better_share`
     :param distill_episodes: "all" draws the other chunks from all of ``learn()``; "better" from each episode that is as
         good as the data's median, by its odds of being better than the data: where rewards are sparse, failures are
         most of the steps, see :func:`~modip_sb3.mixing.better_weights`
@@ -348,7 +349,7 @@ class MODIP(DiffusionAlgorithm):
         ratings = rate_episodes(offline, self._offline_shares, online)
         if better:
             weights = better_weights(ratings, sum(len(source.returns) for source in offline))
-            share = offline_steps / (offline_steps + online.lengths @ weights)
+            share = better_share(weights, online.lengths, offline_steps)
             sample_online = partial(replay.sample_episodes, weights)
         else:
             share, sample_online = offline_share(ratings, online.lengths, offline_steps), None
