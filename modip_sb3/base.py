@@ -26,9 +26,13 @@ Metrics = dict[str, th.Tensor]
 Phase = Literal["clone", "offline", "online"]
 
 
-def _shows_progress(callback: BaseCallback) -> bool:
+def shows_progress(callback: BaseCallback | None) -> bool:
+    """
+    :param callback: of ``learn()``
+    :return: whether SB3's progress bar is in it
+    """
     if isinstance(callback, CallbackList):
-        return any(map(_shows_progress, callback.callbacks))
+        return any(map(shows_progress, callback.callbacks))
     return isinstance(callback, ProgressBarCallback)
 
 
@@ -40,10 +44,16 @@ def _checkpoints_of(callback: MaybeCallback) -> list[BaseCallback]:
     return [callback] if isinstance(callback, CheckpointCallback) else []
 
 
-def _count(total: int, progress_bar: bool) -> Any:
+def count_updates(total: int, name: str, progress_bar: bool) -> Any:
+    """
+    :param total: number of updates
+    :param name: of what they are for
+    :param progress_bar: whether to show one
+    :return: iterates over the updates
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", TqdmExperimentalWarning)  # tqdm's opinion of its own rich bar, as SB3 has it
-        return tqdm(range(total), desc="pretrain", disable=not progress_bar)
+        return tqdm(range(total), desc=name, disable=not progress_bar)
 
 
 def _concatenate(batches: list[SequenceBatch]) -> SequenceBatch:
@@ -174,7 +184,8 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
                 if not self._is_learning:
                     self._watch(wrapped_callback)
                 wrapped_callback.on_training_start(locals(), globals())
-                self._update_offline(_count(updates_left, progress_bar), wrapped_callback, clone_only, log_interval)
+                updates = count_updates(updates_left, "pretrain", progress_bar)
+                self._update_offline(updates, wrapped_callback, clone_only, log_interval)
         if updates_left > 0:
             wrapped_callback.on_training_end()
         return self
@@ -228,7 +239,7 @@ class OfflineToOnlineAlgorithm(ActingAlgorithm):
         interrupted = self._unfinished_pretrain()
         if interrupted is not None or self._begins_offline:
             total = self.pretrain_steps if interrupted is None else interrupted.total
-            self.pretrain(total, _checkpoints_of(callback), progress_bar=_shows_progress(callback))
+            self.pretrain(total, _checkpoints_of(callback), progress_bar=shows_progress(callback))
             self.start_time = time.time_ns()  # it does not count in the environment steps per second
         return super().collect_rollouts(env, callback, *args, **kwargs)
 

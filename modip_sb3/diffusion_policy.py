@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -123,7 +124,8 @@ class DiffusionPolicy(ActingPolicy):
         self._build_actor(self.features_extractor.features_dim, actor_arch)
 
     def _build_actor(self, condition_dim: int, net_arch: Sequence[int]) -> None:
-        self.actor = self._make_actor(condition_dim, net_arch)
+        self._make_new_actor = partial(self._make_actor, condition_dim, net_arch)
+        self.actor = self._make_new_actor()
         self.actor_ema = deepcopy(self.actor).requires_grad_(False)
         self.register_buffer("num_actor_updates", th.zeros(()))
         self.register_buffer("blur", th.zeros(()))
@@ -137,6 +139,13 @@ class DiffusionPolicy(ActingPolicy):
         else:
             denoiser = MLPDenoiser(self.chunk_shape, condition_dim, net_arch)
         return DiffusionModel(denoiser, self.chunk_shape, **self.diffusion_kwargs)
+
+    def reset_actor(self) -> None:
+        """Other first weights for the actor, which has not learned anything then."""
+        weights = self._make_new_actor().state_dict()
+        self.actor.load_state_dict(weights)
+        self.actor_ema.load_state_dict(weights)
+        self.num_actor_updates.zero_()
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data = super()._get_constructor_parameters()

@@ -97,6 +97,9 @@ class MODIP(DiffusionAlgorithm):
     :param actor_tau: rate at which the policy's exponential moving average follows
     :param actor_decay_start: updates of the policy after which its learning rate falls with the inverse square root of
         their number
+    :param actor_reset_freq: updates between two clonings of the policy anew, from other first weights, 0 for never:
+        a clone of few demonstrations takes up little of what comes after them
+    :param actor_reset_steps: updates of each of these clonings
     :param max_grad_norm: gradients are clipped to this norm
     :param stats_window_size: episodes that the rollout statistics average over
     :param tensorboard_log: where TensorBoard logs go
@@ -153,6 +156,8 @@ class MODIP(DiffusionAlgorithm):
         relabel_freq: int = 50,
         actor_tau: float = 0.005,
         actor_decay_start: int = 1000,
+        actor_reset_freq: int = 0,
+        actor_reset_steps: int = 15_000,
         max_grad_norm: float = 20.0,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -196,8 +201,9 @@ class MODIP(DiffusionAlgorithm):
             actor_decay_start=actor_decay_start,
             max_grad_norm=max_grad_norm,
         )
-        check_count(0, distill_steps=distill_steps)
+        check_count(0, distill_steps=distill_steps, actor_reset_freq=actor_reset_freq)
         check_count(1, distill_batch_size=distill_batch_size, relabel_freq=relabel_freq)
+        check_count(1, actor_reset_steps=actor_reset_steps)
         check_at_least(0, distill_beta=distill_beta)
         check_fraction(td_lambda=td_lambda, expectile=expectile, rho=rho)
         if distill_offline_fraction != "auto":
@@ -218,6 +224,7 @@ class MODIP(DiffusionAlgorithm):
         self.distill_weighting = distill_weighting
         self.distill_beta = distill_beta
         self.relabel_freq = relabel_freq
+        self.actor_reset_freq, self.actor_reset_steps = actor_reset_freq, actor_reset_steps
         if _init_setup_model:
             self._setup_model()
 
@@ -259,6 +266,8 @@ class MODIP(DiffusionAlgorithm):
         features = self._features(batch)
         metrics = {} if phase == "clone" else self._update_model_and_critics(batch, features)
         if phase == "online":
+            if self.actor_reset_freq > 0 and (self._n_updates + 1) % self.actor_reset_freq == 0:
+                self._clone_anew(self.actor_reset_steps, self._distill)
             if self.distill_from != "executed":
                 self._relabel_if_due()
             for _ in range(self.distill_steps):

@@ -1,6 +1,7 @@
 """A diffusion policy that was cloned once, in any of the algorithms that fine-tune it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any, Self
 
 import torch as th
@@ -10,7 +11,7 @@ from stable_baselines3.common.torch_layers import get_actor_critic_arch
 from stable_baselines3.common.type_aliases import GymEnv
 from stable_baselines3.common.utils import obs_as_tensor, polyak_update
 
-from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm
+from modip_sb3.base import Metrics, OfflineToOnlineAlgorithm, count_updates, shows_progress
 from modip_sb3.buffers import Observations, SequenceBatch, map_obs
 from modip_sb3.checks import check_at_least, check_count, check_fraction
 from modip_sb3.datasets import OfflineDataset
@@ -83,6 +84,26 @@ class DiffusionAlgorithm(OfflineToOnlineAlgorithm):
         self._optimize(self.actor_optimizer, loss)
         num_updates += 1
         polyak_update(self.policy.actor.parameters(), self.policy.actor_ema.parameters(), self.actor_tau)
+
+    def _clone_anew(self, total_updates: int, update: Callable[[], Metrics]) -> None:
+        """
+        Clone the policy from other first weights: what a network has learned first keeps it from taking up what comes
+        later (Ash & Adams, arXiv:1910.08475; Nikishin et al., arXiv:2205.07802). Cut short, it leaves the policy as it
+        was.
+
+        :param total_updates: number of updates
+        :param update: makes one
+        """
+        policy, optimizer = deepcopy((self.policy.state_dict(), self.actor_optimizer.state_dict()))
+        try:
+            self.policy.reset_actor()
+            self.actor_optimizer.state.clear()
+            for _ in count_updates(total_updates, "cloning anew", shows_progress(self._callback)):
+                update()
+        except BaseException:
+            self.policy.load_state_dict(policy)
+            self.actor_optimizer.load_state_dict(optimizer)
+            raise
 
     @classmethod
     def from_pretrained(cls, model: BaseAlgorithm, env: GymEnv | str | None = None, **kwargs: Any) -> Self:
