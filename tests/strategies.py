@@ -239,6 +239,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         "distill_weighting": choice("advantage", "uniform"),
         "distill_beta": at_least_zero(10),
         "relabel_freq": count(1, 50),
+        "actor_reset_freq": count(0, 4),
+        "actor_reset_steps": count(1, 3),
     },
     "TDMPC2": OFF_POLICY
     | OFFLINE

@@ -29,7 +29,8 @@ from modip_sb3.storage import KEPT
 SMALL = {"batch_size": 8, "learning_starts": 10, "buffer_size": 60, "seed": 0, "device": "cpu"}
 SETTINGS: dict[type, dict[str, Any]] = {
     MODIP: SMALL
-    | {"train_freq": 1, "policy_kwargs": SMALL_POLICY, "planner_kwargs": SMALL_PLANNER, "pretrain_steps": 12},
+    | {"train_freq": 1, "policy_kwargs": SMALL_POLICY, "planner_kwargs": SMALL_PLANNER, "pretrain_steps": 12}
+    | {"actor_reset_freq": 7, "actor_reset_steps": 2},
     TDMPC2: SMALL
     | {
         "policy_kwargs": {"net_arch": [16], "encoder_arch": [16], "latent_dim": 16, "n_critics": 2, "num_proposals": 2},

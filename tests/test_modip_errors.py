@@ -73,6 +73,8 @@ def test_wrong_spaces(make_model: MakeModel, env: gym.Env, policy: str, message:
         ({"n_steps": 0}, "n_steps=0 must be at least 1"),
         ({"batch_size": 0}, "batch_size=0 must be at least 1"),
         ({"relabel_freq": 0}, "relabel_freq=0 must be at least 1"),
+        ({"actor_reset_freq": -1}, "actor_reset_freq=-1 must be at least 0"),
+        ({"actor_reset_steps": 0}, "actor_reset_steps=0 must be at least 1"),
         ({"pretrain_steps": -1}, "pretrain_steps=-1 must be at least 0"),
         ({"distill_beta": float("nan")}, "distill_beta=nan must be at least 0"),
         ({"gamma": 1.1}, "gamma=1.1 is not between 0 and 1"),

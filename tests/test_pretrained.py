@@ -1,5 +1,6 @@
 """A diffusion policy that was cloned once and is fine-tuned by several algorithms."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 import torch as th
 from conftest import SMALL_POLICY
 from stable_baselines3 import SAC
-from walk import Walk, observations, parameters, record_walk
+from walk import Walk, assert_same, observations, parameters, record_walk
 
 from modip_sb3 import MODIP
 from modip_sb3.baselines import TDMPC2, DiffusionBC
@@ -70,6 +71,44 @@ def test_the_policys_rate_falls_with_its_updates(cloned: DiffusionBC, schedule: 
     model.pretrain(1)
     assert model.policy.num_actor_updates == 9
     assert model.actor_optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 * (8 / 2) ** -0.5)
+
+
+def test_the_policy_is_cloned_anew(cloned: DiffusionBC, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = {"offline_dataset": record_walk(), "pretrain_steps": 0, "train_freq": 1, "learning_starts": 0}
+    model = start(cloned, actor_reset_freq=4, actor_reset_steps=3, **settings).learn(4, progress_bar=True)
+    other = start(cloned, **settings).learn(4)
+    assert "cloning anew" in capfd.readouterr().out
+    assert (model._n_updates, model.policy.num_actor_updates, other.policy.num_actor_updates) == (4, 3 + 1, 5 + 4)
+    assert {state["step"].item() for state in model.actor_optimizer.state.values()} == {3 + 1}
+    for network in ("actor", "actor_ema"):
+        layers = [name for name, value in parameters(cloned).items() if name.startswith(network) and value.ndim == 2]
+        was, goes_on, anew = ([parameters(each)[name] for name in layers] for each in (cloned, other, model))
+        assert max((a - b).abs().max() for a, b in zip(was, goes_on, strict=True)) < 0.01  # of steps of .001
+        assert min((a - b).abs().max() for a, b in zip(was, anew, strict=True)) > 0.03
+    model.learn(1, reset_num_timesteps=False)
+    assert model.policy.num_actor_updates == 3 + 2
+
+
+def learned_by(model: MODIP) -> dict[str, th.Tensor]:
+    """What the policy's optimiser remembers."""
+    states = model.actor_optimizer.state_dict()["state"]
+    return {f"{index} {name}": value for index, state in states.items() for name, value in state.items()}
+
+
+def test_a_cloning_cut_short_leaves_the_policy_as_it_was(cloned: DiffusionBC) -> None:
+    model = start(cloned, offline_dataset=record_walk(), pretrain_steps=3).learn(12)
+    before = deepcopy((parameters(model), learned_by(model)))
+    updates = iter([True, True])
+
+    def update() -> dict[str, th.Tensor]:
+        if next(updates, False):
+            return model._distill()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        model._clone_anew(5, update)
+    assert_same(before[0], parameters(model))
+    assert_same(before[1], learned_by(model))
 
 
 def test_it_acts_from_the_first_step(cloned: DiffusionBC) -> None:
