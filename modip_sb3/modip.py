@@ -266,10 +266,10 @@ class MODIP(DiffusionAlgorithm):
         features = self._features(batch)
         metrics = {} if phase == "clone" else self._update_model_and_critics(batch, features)
         if phase == "online":
-            if self.actor_reset_freq > 0 and (self._n_updates + 1) % self.actor_reset_freq == 0:
-                self._clone_anew(self.actor_reset_steps, self._distill)
             if self.distill_from != "executed":
                 self._relabel_if_due()
+            if self.actor_reset_freq > 0 and (self._n_updates + 1) % self.actor_reset_freq == 0:
+                self._clone_anew(self.actor_reset_steps, self._distill)
             for _ in range(self.distill_steps):
                 metrics.update(self._distill())
         else:

@@ -308,6 +308,8 @@ def good_settings(draw: st.DrawFn, algo: str) -> dict[str, Any]:
         arguments["planner_kwargs"] = some(PLANNER, list(PLANNER))
     if arguments.get("distill_from", "executed") != "executed":  # plans are cloned as chunks: their lengths must fit
         policy_kwargs = {n: value for n, value in policy_kwargs.items() if n not in ("action_horizon", "horizon")}
+    if "actor_reset_freq" in arguments:  # by default, it takes 15,000 updates
+        arguments.setdefault("actor_reset_steps", 2)
     arguments.pop("model_size", None)  # the other settings say how large the networks are
     policy_kwargs = {name: value for name, value in policy_kwargs.items() if value is not None}
     return arguments | {"policy_kwargs": policy_kwargs}

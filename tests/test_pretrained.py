@@ -89,6 +89,14 @@ def test_the_policy_is_cloned_anew(cloned: DiffusionBC, capfd: pytest.CaptureFix
     assert model.policy.num_actor_updates == 3 + 2
 
 
+@pytest.mark.parametrize("source", ["relabel", "both"])
+def test_the_planners_labels_are_cloned_anew_from_the_first_update(cloned: DiffusionBC, source: str) -> None:
+    lengths = {"horizon": cloned.policy.action_horizon}
+    model = start(cloned, policy_kwargs=lengths, distill_from=source, actor_reset_freq=1, actor_reset_steps=2)
+    model.learn(model.learning_starts + 2)
+    assert (model._n_updates, model.policy.num_actor_updates) == (2, 2 + 1)
+
+
 def learned_by(model: MODIP) -> dict[str, th.Tensor]:
     """What the policy's optimiser remembers."""
     states = model.actor_optimizer.state_dict()["state"]
