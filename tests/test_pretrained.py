@@ -92,7 +92,9 @@ def test_the_policy_is_cloned_anew(cloned: DiffusionBC, capfd: pytest.CaptureFix
 @pytest.mark.parametrize("source", ["relabel", "both"])
 def test_the_planners_labels_are_cloned_anew_from_the_first_update(cloned: DiffusionBC, source: str) -> None:
     lengths = {"horizon": cloned.policy.action_horizon}
-    model = start(cloned, policy_kwargs=lengths, distill_from=source, actor_reset_freq=1, actor_reset_steps=2)
+    model = start(
+        cloned, policy_kwargs=lengths, distill_from=source, actor_reset_freq=1, actor_reset_steps=2, train_freq=1
+    )
     model.learn(model.learning_starts + 2)
     assert (model._n_updates, model.policy.num_actor_updates) == (2, 2 + 1)
 
