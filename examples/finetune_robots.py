@@ -25,15 +25,16 @@ from modip_sb3.evaluation import Evaluation, evaluate
 
 STAGES: tuple[tuple[str, ActingMode], ...] = (("MODIP, policy alone", "policy"), ("MODIP, policy + planner", "planner"))
 # As in zoo_configs/modip.yml
-SETTINGS: dict[str, Any] = {"rollout_with": "auto", "distill_weighting": "uniform", "distill_episodes": "better"}
 ARM: dict[str, Any] = {"denoiser": "mlp", "condition_noise": "auto"}
 SURER = {"n_action_steps": 4, "proposal_temperature": 0.3}
-POLICY_KWARGS: dict[str, dict[str, Any]] = {
-    "kitchen": {"denoiser": "mlp", "action_horizon": 8} | SURER,
-    "lift": ARM,
-    "can": ARM | SURER,
-    "square": ARM | SURER,
-    "transport": ARM | SURER,
+UNWEIGHTED: dict[str, Any] = {"distill_weighting": "uniform", "distill_episodes": "better"}
+BY_TURNS = UNWEIGHTED | {"rollout_with": "auto"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "kitchen": BY_TURNS | {"policy_kwargs": {"denoiser": "mlp", "action_horizon": 8} | SURER},
+    "lift": BY_TURNS | {"policy_kwargs": ARM},
+    "can": UNWEIGHTED | {"rollout_with": "policy", "actor_reset_freq": 3500, "policy_kwargs": ARM | SURER},
+    "square": BY_TURNS | {"policy_kwargs": ARM | SURER},
+    "transport": BY_TURNS | {"policy_kwargs": ARM | SURER},
 }
 # The kitchen rewards each of its four subtasks once, so that the return of an evaluation is the number completed
 COUNTING = {"terminate_on_tasks_completed": True, "remove_task_when_completed": True}
@@ -64,8 +65,7 @@ def run(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         batch_size=128,
         seed=args.seed,
         tensorboard_log=str(args.output / "tensorboard"),
-        policy_kwargs=POLICY_KWARGS[args.task],
-        **SETTINGS,
+        **SETTINGS[args.task],
     )
     best, env_kwargs = (4, COUNTING) if is_kitchen else (1, None)
     model.pretrain(args.pretrain, progress_bar=True)
@@ -93,7 +93,7 @@ def make_demos(task: str, num_episodes: int) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", choices=list(POLICY_KWARGS), default="lift")
+    parser.add_argument("--task", choices=list(SETTINGS), default="lift")
     parser.add_argument("--env", help="Gymnasium id (default: that of our demonstrations)")
     parser.add_argument("--dataset", help="demonstrations: HDF5 file or Minari id (default: runs/TASK/demos.hdf5)")
     parser.add_argument("--obs-keys", nargs="+", metavar="KEY", help="of Minari's Dict observations: 'observation'")

@@ -150,8 +150,7 @@ def test_all_clone_as_diffusion_bc_does(algo: str) -> None:
 def test_the_robots_example_has_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "examples")
     example = importlib.import_module("finetune_robots")
-    for task, policy_kwargs in example.POLICY_KWARGS.items():
-        expected = {**example.SETTINGS, "policy_kwargs": policy_kwargs}
+    for task, expected in example.SETTINGS.items():
         entries = [settings for env_id, settings in CONFIG.items() if env_id.startswith(f"modip/{task}-")]
         assert len(entries) >= 2
         for entry in entries:
