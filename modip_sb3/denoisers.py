@@ -1,5 +1,6 @@
 """Networks that take the noise out of action chunks."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
@@ -76,28 +77,28 @@ def _adapt(module: Any) -> None:
             _adapt(child)
 
 
-class Denoiser(nn.Module):
+class Denoiser(nn.Module, ABC):
     """
     Predicts the noise, the velocity or the clean actions. What does not depend on the noisy actions is a step of its
     own, :meth:`embed`, so that sampling does it once for all of its steps. Which operations are done may follow from
     shapes, not from values: sampling records them.
     """
 
+    @abstractmethod
     def embed(self, timesteps: th.Tensor, condition: th.Tensor) -> th.Tensor:
         """
         :param timesteps: ``(B,)``, or ``(K, 1)`` for K steps at once
         :param condition: observation features ``(B, C)``
         :return: ``(B, E)``, or ``(K, B, E)``
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def denoise(self, noisy_actions: th.Tensor, embedding: th.Tensor) -> th.Tensor:
         """
         :param noisy_actions: ``(B, T, A)``
         :param embedding: ``(B, E)``
         :return: the scheduler's prediction ``(B, T, A)``
         """
-        raise NotImplementedError
 
     @contextmanager
     def sampling(self, batch_size: int) -> Iterator[None]:
